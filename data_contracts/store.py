@@ -22,6 +22,7 @@ from data_contracts.dataset import AlignedDataset
 from data_contracts.errors import ConfigurationError, ContractViolation, InputRefused
 from data_contracts.files import sha256_of_file, storage_error, write_text, write_with
 from data_contracts.manifest import FileReceipt, RunManifest
+from data_contracts.spreadsheet import read_csv, write_csv
 from data_contracts.tables import (
     ALIGNMENT,
     CLASS_NAMES_KEY,
@@ -306,7 +307,7 @@ class RunFolder:
             raise InputRefused(
                 f"{self.audit_path}: expected the audit sheet, found none.", remedy="Make it: medmicn audit draw"
             )
-        return pd.read_csv(self.audit_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        return read_csv(self.audit_path, as_text=True)
 
     # ---- inside -------------------------------------------------------------------------------------
 
@@ -318,11 +319,6 @@ class RunFolder:
     ) -> None:
         path = self.table_path(contract)
         _write_table(path, contract.to_arrow(data, str(path), metadata))
-
-
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a frame as CSV that Excel, LibreOffice and pandas all open cleanly (UTF-8 with byte-order mark)."""
-    write_with(path, lambda temporary: frame.to_csv(temporary, index=False, encoding="utf-8-sig", lineterminator="\n"))
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

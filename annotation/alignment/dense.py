@@ -1,0 +1,37 @@
+"""Heatmaps and scores: cosines between every cell of an image and every concept's text."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Heatmaps(NamedTuple):
+    """Cosines of one batch of images with K concept texts and some null prompts."""
+
+    maps: Tensor
+    """(B, K, h, w) P[h, w, i] = cos(V[h, w], t_i)."""
+    similarity: Tensor
+    """(B, K) s_i = mean of P over cells: not the cosine of the pooled embedding."""
+    null_similarity: Tensor
+    """(B,) the same mean for the null prompts, averaged over them; NaN without any."""
+
+
+@torch.inference_mode()
+def heatmaps(cells: Tensor, text: Tensor, null_text: Tensor | None = None) -> Heatmaps:
+    """Heatmaps and scores of (B, h, w, D) cells for (K, D) unit text rows and (M, D) unit null rows.
+
+    Cells need not be normalised; a cell of length zero has cosine 0 with everything.
+    """
+    unit = F.normalize(cells.flatten(1, 2), dim=-1)  # (B, h*w, D)
+    maps = (unit @ text.T).permute(0, 2, 1).unflatten(2, cells.shape[1:3])
+    # The mean of cosines is linear in the unit cells, so scores need no map of their own.
+    mean_cell = unit.mean(1)
+    if null_text is None or not len(null_text):
+        null = torch.full((len(cells),), torch.nan, device=cells.device)
+    else:
+        null = (mean_cell @ null_text.T).mean(1)
+    return Heatmaps(maps, mean_cell @ text.T, null)

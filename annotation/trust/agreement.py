@@ -1,0 +1,223 @@
+"""How well two sources of answers agree, per concept, with 95 % intervals."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+from annotation.votes import ImageIds, alignment_scores, latest, matrix, votes_of
+from data_contracts.concepts import Vocabulary
+from data_contracts.tables import State, Witness
+
+Answers = npt.NDArray[np.floating]
+"""1 present, 0 absent, NaN for no answer."""
+
+FUSED = "fused"
+"""Name under which the machine's fused labels stand beside witnesses."""
+_Z = float(norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % interval; all NaN where it is undefined."""
+
+    value: float
+    low: float
+    high: float
+
+
+UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one source's answers stand to a reference's."""
+
+    n: int
+    """Cells that both answered."""
+    prevalence: float
+    """Share of presence in the reference."""
+    kappa: Interval
+    sensitivity: Interval
+    specificity: Interval
+    ppv: Interval
+    npv: Interval
+    auroc: Interval
+    """Of the score where there is one, else of the answers."""
+
+    def flat(self) -> dict[str, float]:
+        """One table row: each number with `_low` and `_high`."""
+        row: dict[str, float] = {"n": self.n, "prevalence": self.prevalence}
+        for name, value in asdict(self).items():
+            if isinstance(value, dict):
+                row |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+        return row
+
+
+class Source(NamedTuple):
+    """One source's answers and what it ranks by, both (N, K)."""
+
+    answers: Answers
+    score: Answers
+
+
+def agreement(
+    answers: Answers, reference: Answers, score: Answers | None = None, weight: Answers | None = None
+) -> Agreement:
+    """Agreement of (n,) answers with (n,) reference answers; cells without either are left out.
+
+    Proportions have Wilson's interval, kappa that of Fleiss, Cohen and Everitt (1969), AUROC that of Hanley and
+    McNeil (1982). With weights, numbers are weighted and intervals use Kish's effective number of cells.
+
+    Args:
+        answers: 1, 0 or NaN.
+        reference: 1, 0 or NaN.
+        score: Any number that grows with the belief in presence, for the AUROC; the answers themselves if None.
+        weight: How many cells each one stands for (1 / inclusion probability); 1 if None.
+    """
+    weights = np.ones(len(reference)) if weight is None else np.asarray(weight, np.float64)
+    both = np.isfinite(answers) & np.isfinite(reference)
+    said, true, effective = answers[both] > 0.5, reference[both] > 0.5, _effective(weights[both])
+    tp, fp = effective[said & true].sum(), effective[said & ~true].sum()
+    fn, tn = effective[~said & true].sum(), effective[~said & ~true].sum()
+    return Agreement(
+        n=int(both.sum()),
+        prevalence=proportion(tp + fn, effective.sum()).value,
+        kappa=kappa_interval(tp, fp, fn, tn),
+        sensitivity=proportion(tp, tp + fn),
+        specificity=proportion(tn, tn + fp),
+        ppv=proportion(tp, tp + fp),
+        npv=proportion(tn, tn + fn),
+        auroc=auroc_interval(answers if score is None else score, reference, weights),
+    )
+
+
+def witness_agreement(
+    judgements: pd.DataFrame,
+    alignment: pd.DataFrame | pa.Table | None,
+    labels: pd.DataFrame | None,
+    vocabulary: Vocabulary,
+    *,
+    reference: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """One row per witness, reference and concept: n, prevalence, kappa, sensitivity, …, each with `_low`, `_high`.
+
+    The reference is `reference` (judgements, such as an answer sheet) if given, else the first expert in the ledger,
+    else given labels, else each witness in turn. Cells that a person decided do not count for `fused`: it would be
+    compared with itself.
+    """
+    standing = latest(judgements)
+    image_ids = _image_ids(standing, alignment, labels)
+    sources = sources_of(standing, alignment, labels, image_ids, vocabulary)
+    if reference is not None:
+        references = {"reference": _judged(latest(reference), image_ids, vocabulary).answers}
+    else:
+        people = [name for name in sources if name.startswith((f"{Witness.EXPERT}:", f"{Witness.GIVEN}:"))]
+        references = {name: sources[name].answers for name in people[:1] or sources if name != FUSED}
+    rows = [
+        {"witness": name, "reference": against, "concept_id": concept_id}
+        | agreement(source.answers[:, k], true[:, k], source.score[:, k]).flat()
+        for against, true in references.items()
+        for name, source in sources.items()
+        if name != against
+        for k, concept_id in enumerate(vocabulary.ids)
+    ]
+    return pd.DataFrame(rows, columns=["witness", "reference", "concept_id", *agreement(*[np.zeros(0)] * 2).flat()])
+
+
+def sources_of(
+    standing: pd.DataFrame,
+    alignment: pd.DataFrame | pa.Table | None,
+    labels: pd.DataFrame | None,
+    image_ids: ImageIds,
+    vocabulary: Vocabulary,
+) -> dict[str, Source]:
+    """`witness:model` → its answers and scores, experts first; then `alignment` and `fused` where given."""
+    rank = {str(Witness.EXPERT): 0, str(Witness.GIVEN): 1}
+    pairs = sorted(standing.groupby(["witness", "witness_model"], sort=False), key=lambda pair: rank.get(pair[0][0], 2))
+    found = {f"{witness}:{model}": _judged(rows, image_ids, vocabulary) for (witness, model), rows in pairs}
+    if alignment is not None:
+        found[str(Witness.ALIGNMENT)] = _aligned(alignment_scores(alignment), image_ids, vocabulary)
+    if labels is not None:
+        machine = labels[~labels["decided_by"].isin([Witness.EXPERT, Witness.GIVEN])]
+        answers = matrix(machine, "present", image_ids, vocabulary)
+        found[FUSED] = Source(answers, matrix(machine, "probability", image_ids, vocabulary))
+    return found
+
+
+def proportion(hits: float, total: float) -> Interval:
+    """Hits / total with Wilson's interval; counts may be fractional (effective cells)."""
+    if total <= 0:
+        return UNDEFINED
+    share, z2 = hits / total, _Z**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    reach = _Z / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return Interval(float(share), float(max(centre - reach, 0)), float(min(centre + reach, 1)))
+
+
+def kappa_interval(tp: float, fp: float, fn: float, tn: float) -> Interval:
+    """Cohen's kappa of a 2 × 2 table with its large-sample interval; undefined when both use one answer only."""
+    n = tp + fp + fn + tn
+    if n <= 0:
+        return UNDEFINED
+    p = np.array([[tp, fp], [fn, tn]], np.float64) / n
+    rows, columns = p.sum(1), p.sum(0)
+    observed, expected = float(np.trace(p)), float(rows @ columns)
+    if expected >= 1:
+        return UNDEFINED
+    kappa = (observed - expected) / (1 - expected)
+    # Fleiss, Cohen and Everitt (1969): the standard error of an observed kappa.
+    agreeing = (np.diag(p) * (1 - (rows + columns) * (1 - kappa)) ** 2).sum()
+    crossed = (1 - kappa) ** 2 * (p[0, 1] * (columns[0] + rows[1]) ** 2 + p[1, 0] * (columns[1] + rows[0]) ** 2)
+    variance = (agreeing + crossed - (kappa - expected * (1 - kappa)) ** 2) / (n * (1 - expected) ** 2)
+    reach = _Z * np.sqrt(max(variance, 0.0))
+    return Interval(kappa, float(max(kappa - reach, -1)), float(min(kappa + reach, 1)))
+
+
+def auroc_interval(score: Answers, reference: Answers, weight: Answers | None = None) -> Interval:
+    """Area under the ROC curve with Hanley and McNeil's interval; undefined when the reference has one answer only."""
+    both = np.isfinite(score) & np.isfinite(reference)
+    weights = np.ones(both.sum()) if weight is None else weight[both]
+    true = reference[both] > 0.5
+    if true.all() or not true.any():
+        return UNDEFINED
+    area = float(roc_auc_score(true, score[both], sample_weight=weights))
+    n_present, n_absent = _effective(weights[true]).sum(), _effective(weights[~true]).sum()
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (n_present - 1) * (q1 - area**2) + (n_absent - 1) * (q2 - area**2)
+    reach = _Z * np.sqrt(max(variance, 0.0) / (n_present * n_absent))
+    return Interval(area, float(max(area - reach, 0)), float(min(area + reach, 1)))
+
+
+def _effective(weights: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Weights scaled so that they sum to the effective number of cells (Kish): n for equal ones."""
+    total = weights.sum()
+    return np.asarray(weights * total / (weights**2).sum() if total > 0 else weights, np.float64)
+
+
+def _judged(rows: pd.DataFrame, image_ids: ImageIds, vocabulary: Vocabulary) -> Source:
+    """Decided answers of one witness; an uncertain one is no answer, but its probability still ranks."""
+    votes = votes_of(rows, image_ids, vocabulary)
+    answers = np.where(votes.weight == 1, votes.value > 0.5, np.nan)
+    assessed = matrix(rows.assign(assessed=rows["state"] != State.NOT_ASSESSED), "assessed", image_ids, vocabulary)
+    return Source(answers, np.where(assessed == 1, votes.value, np.nan))
+
+
+def _aligned(scores: pd.DataFrame, image_ids: ImageIds, vocabulary: Vocabulary) -> Source:
+    """Alignment answers by its fitted probability; a bare similarity has no threshold of its own and only ranks."""
+    probability = matrix(scores, "probability", image_ids, vocabulary)
+    score = np.where(np.isfinite(probability).any(0), probability, matrix(scores, "similarity", image_ids, vocabulary))
+    return Source(np.where(np.isfinite(probability), probability > 0.5, np.nan), score)
+
+
+def _image_ids(*tables: pd.DataFrame | pa.Table | None) -> npt.NDArray[np.object_]:
+    """Every image id of the tables, in order of appearance."""
+    columns = [pd.Series(t["image_id"].to_numpy()) for t in tables if t is not None]
+    return np.asarray(pd.unique(pd.concat(columns, ignore_index=True)), object)

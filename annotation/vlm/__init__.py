@@ -1,0 +1,1 @@
+"""Any OpenAI-compatible vision-language endpoint, and the embedded one that needs neither key nor network."""

@@ -1,0 +1,55 @@
+"""CSV files that open cleanly, and safely, in Excel, LibreOffice and pandas."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from data_contracts.files import write_with
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_SHIELDED = re.compile(r"'+[=+\-@\t\r]")
+
+
+def harmless(text: str) -> str:
+    """The text, with a leading `'` where a spreadsheet would otherwise run it as a formula."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def unshielded(text: str) -> str:
+    """What `harmless` was given."""
+    return text[1:] if _SHIELDED.match(text) else text
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a frame atomically: UTF-8 with byte-order mark, text that looks like a formula made harmless."""
+    shielded = frame.assign(**{name: frame[name].map(_shield, na_action="ignore") for name in _text_columns(frame)})
+    # The csv module quotes "\n" by itself, but a lone "\r" only when told to quote everything.
+    has_return = any(frame[name].map(lambda v: isinstance(v, str) and "\r" in v).any() for name in _text_columns(frame))
+    quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+    write_with(
+        path,
+        lambda file: shielded.to_csv(file, index=False, encoding="utf-8-sig", lineterminator="\n", quoting=quoting),
+    )
+
+
+def read_csv(path: Path, *, as_text: bool = False) -> pd.DataFrame:
+    """Read what `write_csv` wrote; with `as_text` every cell stays the text it is, empty ones included."""
+    options = {"dtype": str, "keep_default_na": False} if as_text else {}
+    frame = pd.read_csv(path, encoding="utf-8-sig", **options)
+    return frame.assign(**{name: frame[name].map(_unshield, na_action="ignore") for name in _text_columns(frame)})
+
+
+def _text_columns(frame: pd.DataFrame) -> list[str]:
+    return [str(name) for name in frame if pd.api.types.is_string_dtype(frame[name]) or frame[name].dtype == object]
+
+
+def _shield(value: object) -> object:
+    return harmless(value) if isinstance(value, str) else value
+
+
+def _unshield(value: object) -> object:
+    return unshielded(value) if isinstance(value, str) else value

@@ -1,0 +1,173 @@
+"""Verbs for people who look at labels and correct them: review, import-labels, audit."""
+
+from __future__ import annotations
+
+import secrets
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_contracts.errors import ConfigurationError, ExitCode
+from flows.commands.common import (
+    OUTCOME,
+    ConfigFlag,
+    JsonFlag,
+    QuietFlag,
+    RunFlag,
+    SetFlag,
+    YesFlag,
+    existing_context,
+    finish,
+    flags_of,
+    open_console,
+)
+from flows.steps import draw_audit, image_reader, import_sheet, score_audit
+
+audit_app = typer.Typer(help="The expert sample, and its statistics.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("review", rich_help_panel="Look and correct")(review)
+    app.command("import-labels", rich_help_panel="Look and correct")(import_labels)
+    app.add_typer(audit_app, name="audit", rich_help_panel="Look and correct")
+
+
+def review(
+    port: Annotated[int, typer.Option("--port", help="Port on 127.0.0.1; 0 takes a free one.")] = 0,
+    reviewer: Annotated[str, typer.Option("--reviewer", help="Your name in the ledger; the page can change it.")] = (
+        "reviewer"
+    ),
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Local page to look at labels, filter and correct them; only this machine can reach it.
+
+    Corrections are added to the ledger as expert judgements. Afterwards `medmicn fuse` makes labels of them,
+    and `medmicn train` the classifier.
+    """
+    console = open_console(quiet=quiet, as_json=as_json)
+    context = existing_context(run, config, {}, console)
+    from pipeline.review.app import create_app
+
+    token = secrets.token_urlsafe(24)
+    app = create_app(context.run, image_reader(context), token, reviewer=reviewer)
+
+    def started(address: str) -> None:
+        url = f"{address}/?token={token}"
+        console.say(f"review:  {url}\n         Ctrl-C ends it; every correction is kept as it is made.")
+        if open_browser:
+            webbrowser.open(url)
+
+    serve_locally(app, port, started)
+    console.say(f"next:    medmicn fuse --run {context.run.path}")
+    finish([], context.run)
+
+
+def import_labels(
+    file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="An edited labels.csv, or any sheet of concepts.")],
+    given: Annotated[
+        bool,
+        typer.Option(
+            "--given", help="The sheet comes with the data: its columns become the concepts, its cells labels."
+        ),
+    ] = False,
+    reviewer: Annotated[
+        str, typer.Option("--reviewer", help="Who filled the sheet; stored with every judgement.")
+    ] = "",
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    yes: YesFlag = False,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Read corrections from a spreadsheet; the differences are shown first, and nothing half-valid is taken.
+
+    \b
+    Examples:
+      medmicn import-labels runs/skin/labels.csv --reviewer "Dr A"
+      medmicn import-labels attributes.csv --given
+    """
+    console = open_console(quiet=quiet, as_json=as_json)
+    context = existing_context(run, config, {}, console)
+    if not given and not reviewer:
+        raise ConfigurationError("import-labels: expected --reviewer NAME (or --given), got neither.")
+    with context.run.lock():
+        imported = import_sheet(context, file, given=given, reviewer=reviewer)
+        for line in imported.preview():
+            console.say(line)
+        if imported.n_changed and not yes and not given and not typer.confirm("Take these?", err=True):
+            raise typer.Exit(ExitCode.RESUMABLE)
+        imported.take()
+    console.say(f"{imported.n_changed} cells taken, {imported.n_unchanged} were so already.")
+    console.say(f"next:    medmicn fuse --run {context.run.path}")
+    OUTCOME.content["imported"] = {"changed": imported.n_changed, "unchanged": imported.n_unchanged}
+    finish([], context.run)
+
+
+@audit_app.command("draw")
+def audit_draw(
+    cells: Annotated[int, typer.Option("--cells", min=1, help="Cells (image, concept) the expert is asked for.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sample.")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="Replace a sheet that has answers in it.")] = False,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Choose cells for an expert and write audit.csv, blind to what the machine said."""
+    console = open_console(quiet=quiet, as_json=as_json)
+    context = existing_context(run, config, {}, console)
+    with context.run.lock():
+        n_cells = draw_audit(context, cells, seed, again=again)
+    console.say(f"{n_cells} cells: {context.run.audit_path}; fill the column 'answer' with present or absent.")
+    console.say(f"next:    medmicn review --run {context.run.path} (audit page), then medmicn audit score")
+    OUTCOME.content["cells"] = n_cells
+    finish([], context.run)
+
+
+@audit_app.command("score")
+def audit_score(
+    reviewer: Annotated[str, typer.Option("--reviewer", help="Who filled the sheet.")] = "expert",
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Read audit.csv back: agreement of every witness with the expert, with intervals, and what to do."""
+    console = open_console(quiet=quiet, as_json=as_json)
+    context = existing_context(run, config, flags_of(assignments), console)
+    with context.run.lock():
+        scores = score_audit(context, reviewer)
+    console.say(scores.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    OUTCOME.content["audit"] = scores.to_dict(orient="records")
+    console.say(f"next:    medmicn fuse --run {context.run.path}   (labels that use the expert's answers)")
+    finish([], context.run)
+
+
+def serve_locally(app: object, port: int, started: Callable[[str], None]) -> None:
+    """Serve an ASGI application on 127.0.0.1 until interrupted; `started` is told the address once it listens."""
+    import socket
+
+    import uvicorn
+
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"--port: expected a free port on 127.0.0.1, {port} is not ({error.strerror}).",
+                remedy="Choose another, or 0 for any free one.",
+            ) from error
+        started(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        # No access log: it would repeat the token.
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))  # type: ignore[arg-type]
+        server.run(sockets=[listener])

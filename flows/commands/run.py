@@ -1,0 +1,290 @@
+"""Verbs that take a SOURCE: run, annotate, estimate, schedule."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from data_contracts.errors import ConfigurationError, ExitCode
+from data_contracts.store import RunFolder
+from flows.chain import Context, StepReport, execute, is_fresh
+from flows.commands.common import (
+    OUTCOME,
+    ConfigFlag,
+    JsonFlag,
+    ModalityFlag,
+    QuietFlag,
+    RunFlag,
+    SetFlag,
+    SourceArgument,
+    YesFlag,
+    finish,
+    flags_of,
+    new_run,
+    open_console,
+    settings_for,
+)
+from flows.console import Console
+from flows.settings import Settings
+from flows.steps import INGEST, LAST_ANNOTATION_STEP, STEPS, begin, chain_for, estimate_judging
+
+BaseUrlFlag = Annotated[
+    str | None,
+    typer.Option("--base-url", help="OpenAI-compatible endpoint, such as http://localhost:11434/v1, or 'embedded'."),
+]
+ModelFlag = Annotated[str | None, typer.Option("--model", help="Vision-language model as the endpoint names it.")]
+ConceptsFlag = Annotated[
+    Path | None, typer.Option("--concepts", metavar="FILE", help="Your own concepts instead of proposed ones.")
+]
+AlignerFlag = Annotated[
+    str | None, typer.Option("--aligner", help="'embedded', hf-hub:…, local-dir:… or an open_clip name.")
+]
+BackboneFlag = Annotated[str | None, typer.Option("--backbone", help="'embedded' or any timm name.")]
+LogicFlag = Annotated[str | None, typer.Option("--logic", help="Rule layer: 'paper' or 'dcr'.")]
+CostFlag = Annotated[float | None, typer.Option("--max-cost-usd", help="Hard cap on money; the run stops resumable.")]
+RequestsFlag = Annotated[int | None, typer.Option("--max-requests", help="Hard cap on requests.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("run", rich_help_panel="Main job")(run)
+    app.command("annotate", rich_help_panel="Main job")(annotate)
+    app.command("estimate", rich_help_panel="Main job")(estimate)
+    app.command("schedule", rich_help_panel="Main job")(schedule)
+
+
+def run(
+    source: SourceArgument,
+    modality: ModalityFlag = None,
+    base_url: BaseUrlFlag = None,
+    model: ModelFlag = None,
+    concepts: ConceptsFlag = None,
+    aligner: AlignerFlag = None,
+    backbone: BackboneFlag = None,
+    logic: LogicFlag = None,
+    max_cost_usd: CostFlag = None,
+    max_requests: RequestsFlag = None,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    yes: YesFlag = False,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Everything, once: images in, concept labels, classifier and report out.
+
+    Nothing needs to be configured: without --base-url the embedded model proposes concepts and labels images
+    from measurements, on this machine. Give the same command again after a stop, or when images were added:
+    it does only what is missing.
+
+    \b
+    Examples:
+      medmicn run photos/ --modality "clinical photographs of skin"
+      medmicn run photos/ --base-url http://localhost:11434/v1 --model qwen2.5vl
+    """
+    flags = flags_of(
+        assignments,
+        source__modality=modality,
+        vlm__base_url=base_url,
+        vlm__model=model,
+        concepts__file=concepts,
+        align__model=aligner,
+        train__backbone=backbone,
+        train__logic=logic,
+        vlm__max_cost_usd=max_cost_usd,
+        vlm__max_requests=max_requests,
+    )
+    console = open_console(quiet=quiet, as_json=as_json)
+    folder = new_run(source, run)
+    run_source(source, folder, settings_for(folder, config, flags), console, yes=yes)
+
+
+def annotate(
+    source: SourceArgument,
+    modality: ModalityFlag = None,
+    base_url: BaseUrlFlag = None,
+    model: ModelFlag = None,
+    concepts: ConceptsFlag = None,
+    aligner: AlignerFlag = None,
+    max_cost_usd: CostFlag = None,
+    max_requests: RequestsFlag = None,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    yes: YesFlag = False,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """The steps up to labels, with the price shown first; works on unlabelled folders too."""
+    flags = flags_of(
+        assignments,
+        source__modality=modality,
+        vlm__base_url=base_url,
+        vlm__model=model,
+        concepts__file=concepts,
+        align__model=aligner,
+        vlm__max_cost_usd=max_cost_usd,
+        vlm__max_requests=max_requests,
+    )
+    console = open_console(quiet=quiet, as_json=as_json)
+    folder = new_run(source, run)
+    context = _begun(source, folder, settings_for(folder, config, flags), console)
+    with folder.lock():
+        reports = _confirmed(context, yes=yes)
+        for step in chain_for(context, LAST_ANNOTATION_STEP):
+            if step is not INGEST:
+                reports.append(execute(step, context))
+        reports.append(execute(STEPS["report"], context))
+    _say_results(context)
+    finish(reports, folder)
+
+
+def estimate(
+    source: SourceArgument,
+    base_url: BaseUrlFlag = None,
+    model: ModelFlag = None,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Requests, tokens, price and time before anything is sent; reads the images, asks nothing."""
+    flags = flags_of(assignments, vlm__base_url=base_url, vlm__model=model)
+    console = open_console(quiet=quiet, as_json=as_json)
+    folder = new_run(source, run)
+    context = _begun(source, folder, settings_for(folder, config, flags), console)
+    with folder.lock():
+        reports = [execute(INGEST, context)]
+        found = estimate_judging(context)
+    for line in found.lines():
+        console.say(line)
+    OUTCOME.content["estimate"] = found.as_dict()
+    finish(reports, folder)
+
+
+def schedule(
+    source: SourceArgument,
+    cron: Annotated[str | None, typer.Option("--cron", help="Cron expression, such as '0 2 * * *'.")] = None,
+    every: Annotated[str | None, typer.Option("--every", help="Interval, such as 15m, 2h or 1d.")] = None,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    yes: YesFlag = False,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve the annotate-then-train deployment: each run handles only what is new.
+
+    Needs a running Prefect server: `prefect server start`, and PREFECT_API_URL set to it.
+    """
+    console = open_console(quiet=quiet, as_json=as_json)
+    if (cron is None) == (every is None):
+        raise ConfigurationError("schedule: expected exactly one of --cron and --every.")
+    from flows import schedule as schedules
+
+    interval: timedelta | None = schedules.parse_interval(every) if every else None
+    schedules.require_server()
+    folder = new_run(source, run)
+    settings = settings_for(folder, config, flags_of(assignments))
+    if _costs_money(settings) and not yes:
+        raise ConfigurationError(
+            "schedule: a scheduled run cannot ask before it spends money.",
+            remedy="Give --yes, and caps: --set vlm.max_cost_usd=… or vlm.max_requests=….",
+        )
+    console.say(f"serving {source} → {folder.path}, {'cron ' + cron if cron else 'every ' + str(every)}; Ctrl-C stops.")
+    schedules.serve(source, folder.path, settings, cron=cron, every=interval)
+
+
+def run_source(
+    source: Path, folder: RunFolder, settings: Settings, console: Console, *, yes: bool, synthetic: bool = False
+) -> None:
+    """The whole chain as one Prefect flow; a finished run is recognised without starting Prefect."""
+    context = _begun(source, folder, settings, console, synthetic=synthetic)
+    with folder.lock():
+        reports = _confirmed(context, yes=yes)
+        chain = chain_for(context)
+        if all(is_fresh(step, context) for step in chain):
+            reports = [execute(step, context) for step in chain]
+            console.say("Nothing new: every step's result still holds.")
+        else:
+            console.say("starting Prefect (up to a minute when cold) …")
+            reports = _as_flow(source, context)
+    _say_results(context)
+    finish(reports, folder)
+
+
+def _as_flow(source: Path, context: Context) -> list[StepReport]:
+    from flows.annotate_then_train import flow_for
+
+    state = flow_for(context.settings)(
+        source=str(source.resolve()),
+        run=str(context.run.path.resolve()),
+        config=context.settings.model_dump(mode="json"),
+        return_state=True,
+    )
+    result: dict[str, Any] = state.result()
+    return [StepReport(**report) for report in result["steps"]]
+
+
+def _begun(
+    source: Path, folder: RunFolder, settings: Settings, console: Console, *, synthetic: bool = False
+) -> Context:
+    return Context(begin(source, folder, settings, synthetic=synthetic), settings, console)
+
+
+def _confirmed(context: Context, *, yes: bool) -> list[StepReport]:
+    """Ingest, then show the price and ask, where the endpoint may cost money."""
+    reports = [execute(INGEST, context)]
+    if not _costs_money(context.settings):
+        return reports
+    for line in estimate_judging(context).lines():
+        context.console.say(line)
+    if yes:
+        return reports
+    if not sys.stdin.isatty():
+        raise ConfigurationError(
+            "The endpoint may cost money and there is no terminal to ask.", remedy="Give --yes to go on."
+        )
+    if not typer.confirm("Go on?", err=True):
+        raise typer.Exit(ExitCode.RESUMABLE)
+    return reports
+
+
+def _costs_money(settings: Settings) -> bool:
+    if settings.vlm.is_embedded:
+        return False
+    host = urlsplit(settings.vlm.base_url).hostname or ""
+    return not (host in {"localhost", "::1"} or host.startswith("127."))
+
+
+def _say_results(context: Context) -> None:
+    run, say = context.run, context.console.say
+    say()
+    for row in _headline(run):
+        say(row)
+    if run.labels_csv_path.is_file():
+        say(f"labels:  {run.labels_csv_path}")
+    if run.report_path.is_file():
+        say(f"report:  {run.report_path}   ← open this in a browser")
+    say(f"next:    medmicn review --run {run.path}   (look at the labels and correct them)")
+
+
+def _headline(run: RunFolder) -> list[str]:
+    from flows.summary import metric_table
+
+    shown = {"accuracy": "accuracy", "macro_f1": "macro F1", "auroc": "AUROC", "concept_auroc": "concept AUROC"}
+    rows = {row["metric"]: row for row in metric_table(run)}
+    parts = [
+        f"{label} {rows[name]['mean']:.3f} ± {rows[name]['sd']:.3f}" for name, label in shown.items() if name in rows
+    ]
+    return ["test:    " + ", ".join(parts)] if parts else []
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.3f}" + ("" if row["sd"] is None else f" ± {row['sd']:.3f}")

@@ -1,0 +1,129 @@
+"""Verbs around a trained model and this machine: predict, compare, doctor, config, embedded-vlm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_contracts.errors import ExitCode
+from flows import doctor as checks
+from flows.commands.common import (
+    OUTCOME,
+    ConfigFlag,
+    JsonFlag,
+    QuietFlag,
+    RunFlag,
+    SetFlag,
+    existing_context,
+    finish,
+    flags_of,
+    open_console,
+)
+from flows.commands.labels import serve_locally
+from flows.settings import documentation
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("predict", rich_help_panel="Use the model")(predict)
+    app.command("compare", rich_help_panel="Use the model")(compare)
+    app.command("doctor", rich_help_panel="Try it")(doctor)
+    app.command("config", rich_help_panel="Try it")(config_keys)
+    app.command("embedded-vlm", rich_help_panel="Try it")(embedded_vlm)
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES…", help="Image files or folders of images.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for predictions.csv, .parquet and maps.")] = Path(
+        "predictions"
+    ),
+    maps: Annotated[bool, typer.Option("--maps/--no-maps", help="Draw class and concept maps as PNG.")] = True,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Class, concept scores, rule and maps for new images, with the model of a run."""
+    console = open_console(quiet=quiet, as_json=as_json)
+    context = existing_context(run, config, flags_of(assignments), console)
+    from flows.prediction import predict_files
+
+    result = predict_files(context, images, out, with_maps=maps)
+    for row in result.rows[:10]:
+        concepts = ", ".join(row["top_concepts"])
+        console.say(f"{row['path']}: {row['class']} ({row['probability']:.2f})\n    {row['rule']}\n    {concepts}")
+    if len(result.rows) > 10:
+        console.say(f"… and {len(result.rows) - 10} more in {out / 'predictions.csv'}")
+    for path, reason in result.rejected:
+        console.warn(f"{path} was left out: {reason}")
+    console.say(f"written: {out / 'predictions.csv'}" + (f", maps in {out / 'maps'}" if maps else ""))
+    OUTCOME.content["predictions"] = result.rows
+    OUTCOME.content["predictions_rejected"] = [{"path": str(p), "reason": reason} for p, reason in result.rejected]
+    finish([], context.run)
+    if not result.rows:
+        raise typer.Exit(ExitCode.INPUT_REFUSED)
+
+
+def compare(
+    systems: Annotated[str, typer.Option("--systems", help="Comma-separated names, or 'all'.")] = "all",
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Baselines and Med-MICN side by side: one data set, one protocol, the same seeds."""
+    console = open_console(quiet=quiet, as_json=as_json)
+    context = existing_context(run, config, flags_of(assignments), console)
+    from flows.comparison import compare_systems
+
+    with context.run.lock():
+        table = compare_systems(context, systems)
+    console.say(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    console.say(f"written: {context.run.path / 'comparison.csv'}")
+    OUTCOME.content["systems"] = table.to_dict(orient="records")
+    finish([], context.run)
+
+
+def doctor(
+    config: ConfigFlag = None, assignments: SetFlag = None, quiet: QuietFlag = False, as_json: JsonFlag = False
+) -> None:
+    """What works on this machine and what is missing, with the remedy."""
+    console = open_console(quiet=quiet, as_json=as_json)
+    found = checks.examine(config, flags_of(assignments))
+    for check in found:
+        console.say(f"{'✓' if check.works else '✗' if check.needed else '–'} {check.name:<22} {check.finding}")
+        if check.remedy and not check.works:
+            console.say(f"    {check.remedy}")
+    OUTCOME.content["checks"] = [check._asdict() for check in found]
+    if any(check.needed and not check.works for check in found):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def config_keys(as_json: JsonFlag = False) -> None:
+    """Every configuration key with its default and meaning; `medmicn.toml` may hold any of them."""
+    console = open_console(quiet=False, as_json=as_json)
+    section = ""
+    for name, default, meaning in documentation():
+        if name.split(".")[0] != section:
+            section = name.split(".")[0]
+            console.title(f"[{section}]")
+        console.say(f"  {name.split('.')[1]} = {default}\n      {meaning}")
+    OUTCOME.content["keys"] = [{"key": k, "default": d, "meaning": m} for k, d, m in documentation()]
+
+
+def embedded_vlm(
+    port: Annotated[int, typer.Option("--port", help="Port on 127.0.0.1; 0 takes a free one.")] = 8765,
+    quiet: QuietFlag = False,
+) -> None:
+    """Serve the embedded model over HTTP, for other programs that speak chat completions.
+
+    It answers from image measurements only: colour, brightness, size, shape, symmetry, texture, distribution.
+    """
+    console = open_console(quiet=quiet, as_json=False)
+    from annotation.vlm.embedded import create_app
+
+    serve_locally(create_app(), port, lambda address: console.say(f"listening on {address}/v1; Ctrl-C ends it."))

@@ -1,0 +1,58 @@
+"""Adding to what a run already holds, without saying anything twice."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from data_contracts.store import RunFolder
+from data_contracts.tables import ConceptOrigin, ConceptStatus, DropReason
+
+# A judgement with all of these equal says the same thing again.
+_SAME = ["image_id", "concept_id", "witness", "witness_model", "prompt_sha256", "state", "probability", "request_id"]
+
+
+def append_new(run: RunFolder, judgements: pd.DataFrame) -> int:
+    """Append the judgements whose newest counterpart in the ledger says something else; returns how many."""
+    if judgements.empty:
+        return 0
+    source = ["image_id", "concept_id", "witness", "witness_model"]
+    newest = run.read_judgements().drop_duplicates(source, keep="last")
+    said = set(_rows(newest))
+    fresh = judgements[[row not in said for row in _rows(judgements)]]
+    run.append_judgements(fresh)
+    return len(fresh)
+
+
+def merge_concepts(stored: pd.DataFrame | None, added: pd.DataFrame) -> pd.DataFrame:
+    """The stored concepts with `added` behind them; an id that is there already keeps its row."""
+    if stored is None or stored.empty:
+        return added
+    new = added[~added["concept_id"].isin(stored["concept_id"])]
+    if new.empty:
+        return stored
+    first = int(stored["position"].max()) + 1 if stored["position"].notna().any() else 0
+    return pd.concat([stored, new.assign(position=range(first, first + len(new)))], ignore_index=True)
+
+
+def asked_concepts(concepts: pd.DataFrame) -> pd.DataFrame:
+    """The concepts that images are judged for: the kept ones, and those the aligner dropped afterwards.
+
+    The latter stay in the question, because leaving them out would change every prompt and pay for it again.
+    """
+    unseen = concepts["reason"] == DropReason.NOT_SEEN_IN_ANY_IMAGE
+    return concepts.assign(status=concepts["status"].mask(unseen, ConceptStatus.KEPT))
+
+
+def was_given(concepts: pd.DataFrame) -> bool:
+    """Whether the data set brought its own concepts."""
+    return bool((concepts["origin"] == ConceptOrigin.GIVEN).any())
+
+
+def _rows(frame: pd.DataFrame) -> list[tuple[str, ...]]:
+    columns = [
+        frame[name].astype("object").where(frame[name].notna(), "").astype(str)
+        if name in frame
+        else pd.Series([""] * len(frame), index=frame.index)
+        for name in _SAME
+    ]
+    return list(zip(*columns, strict=True))

@@ -1,0 +1,248 @@
+"""Configuration: one TOML file, one model, and the only code that reads the environment.
+
+Precedence, strongest first: flags, the file given with `--config` (else `medmicn.toml` where the command is
+started), what the run folder was made with, defaults. Secrets come from the environment only; the
+configuration holds the *name* of the variable.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from annotation.vlm.settings import VlmSettings
+from data_contracts.errors import ConfigurationError
+from model.config import TrainConfig
+
+CONFIG_FILE = "medmicn.toml"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceSettings(_Section):
+    """Where images come from and how they are split."""
+
+    modality: str = "medical image"
+    """What the images are, in words such as `blood smear microscopy`; goes into prompts."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Images with more pixels are rejected: a limit against decompression bombs."""
+    train_fraction: float = Field(0.7, gt=0, lt=1)
+    """Part of the images for training, where SOURCE gives no split."""
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Part of the images on which epochs and thresholds are chosen; the rest is the test split."""
+    seed: int = 0
+    """Seed of the split."""
+    allow_patient_overlap: bool = False
+    """Accept a given split that has one patient on two sides; without it such a SOURCE is refused."""
+
+    @model_validator(mode="after")
+    def _leaves_a_test_split(self) -> Self:
+        if self.train_fraction + self.val_fraction >= 1:
+            raise ValueError("expected train_fraction + val_fraction below 1, so that a test split remains")
+        return self
+
+
+class ConceptSettings(_Section):
+    """Where concepts come from and which are kept."""
+
+    file: Path | None = None
+    """CSV with `name[,definition,group]` or text with one name a line; none: concepts are proposed."""
+    samples_per_class: int = Field(10, ge=1)
+    """Training images of each class that are shown when concepts are proposed."""
+    max_name_characters: int = Field(30, ge=1)
+    """Longer names are dropped."""
+    like_class_cosine: float = Field(0.85, ge=-1, le=1)
+    """A name closer than this to a class name is dropped."""
+    like_each_other_cosine: float = Field(0.90, ge=-1, le=1)
+    """Of two names closer than this, one is dropped."""
+    projection_min_similarity: float | None = None
+    """A concept below this similarity on every image is dropped; depends on the aligner, none: no such filter."""
+    proposed_per_class: int = Field(8, ge=1)
+    """Concepts that are asked for per class."""
+    seed: int = 0
+    """Seed of the sampled images."""
+
+
+class CredentialSettings(VlmSettings):
+    """`VlmSettings` and the name of the variable that holds the key."""
+
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself is never stored."""
+
+
+class AlignSettings(_Section):
+    """Which CLIP-like model checks the labels against the pixels."""
+
+    model: str = "embedded"
+    """`embedded`, `hf-hub:…`, `local-dir:…`, or an open_clip name such as `ViT-B-32/laion2b_s34b_b79k`."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, or `cuda:N`."""
+    batch_size: int = Field(32, ge=1)
+    """Images in one forward pass."""
+    n_folds: int = Field(5, ge=2)
+    """Folds of the cross-fitted projections of the embedded aligner."""
+    seed: int = 0
+    """Seed of the folds."""
+
+
+class LabelSettings(_Section):
+    """How witnesses become labels."""
+
+    threshold: Literal["none", "fixed", "otsu", "judgements"] = "none"
+    """How an alignment score becomes a vote: a fixed value, Otsu's per concept, or fitted to the judgements;
+    none: the label model weighs the score itself, which is better unless the paper's rule is wanted."""
+    fixed_threshold: float | None = None
+    """The value for `threshold = "fixed"`; depends on the aligner."""
+    abstain_low: float = Field(0.35, ge=0, le=0.5)
+    """Above this probability a concept is no longer called absent."""
+    abstain_high: float = Field(0.65, ge=0.5, le=1)
+    """From this probability on a concept is called present; between the two the label abstains."""
+
+
+class ExplainSettings(_Section):
+    """What is explained and drawn after training."""
+
+    split: Literal["val", "test"] = "test"
+    """Split over which rules are read."""
+    n_maps_per_class: int = Field(2, ge=0)
+    """Images of each class for which saliency maps are drawn."""
+
+
+class FlowSettings(_Section):
+    """How work is cut and scheduled."""
+
+    shard_size: int = Field(256, ge=1)
+    """Images of one shard; one Prefect task works on one shard."""
+    retries: int = Field(2, ge=0)
+    """Times a failed shard is tried again."""
+    task_runner: Literal["threads", "dask", "ray"] = "threads"
+    """What runs shards; dask and ray need their packages and a running Prefect server."""
+
+
+class Settings(_Section):
+    """Everything that can be configured."""
+
+    source: SourceSettings = Field(default_factory=SourceSettings)
+    concepts: ConceptSettings = Field(default_factory=ConceptSettings)
+    vlm: CredentialSettings = Field(default_factory=CredentialSettings)
+    align: AlignSettings = Field(default_factory=AlignSettings)
+    labels: LabelSettings = Field(default_factory=LabelSettings)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    explain: ExplainSettings = Field(default_factory=ExplainSettings)
+    flow: FlowSettings = Field(default_factory=FlowSettings)
+
+
+def resolve(
+    file: Path | None, flags: Mapping[str, Any] | None = None, stored: Mapping[str, Any] | None = None
+) -> Settings:
+    """Settings from what a run was made with (`stored`), the TOML file, and flags as `section.key` → value.
+
+    Raises:
+        ConfigurationError: the file is missing or no TOML, or a key or value is not accepted.
+    """
+    content = _merged(dict(stored or {}), _read_toml(file))
+    for dotted, value in (flags or {}).items():
+        section, _, key = dotted.partition(".")
+        content = _merged(content, {section: {key: value}})
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise ConfigurationError(
+            "; ".join(_fault(e["loc"], e["msg"], e.get("input")) for e in error.errors()),
+            remedy="`medmicn config` lists every key with its meaning.",
+        ) from error
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """A `--set section.key=value` flag; the value is read as TOML, else taken as text."""
+    name, equals, value = text.partition("=")
+    if not equals or "." not in name:
+        raise ConfigurationError(f"--set: expected section.key=value, got {text!r}.")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value
+
+
+def api_key(settings: Settings) -> SecretStr | None:
+    """The endpoint's key from the environment; None for the embedded endpoint or where none is set."""
+    if settings.vlm.is_embedded:
+        return None
+    value = os.environ.get(settings.vlm.api_key_env)
+    return SecretStr(value) if value else None
+
+
+def prefect_api_url() -> str | None:
+    """Address of a running Prefect server, if one is configured."""
+    from prefect.settings import PREFECT_API_URL
+
+    return PREFECT_API_URL.value()
+
+
+def documentation() -> list[tuple[str, str, str]]:
+    """Every key as (`section.key`, default, meaning), in order: what `medmicn config` prints."""
+    rows = []
+    for section, info in Settings.model_fields.items():
+        model = info.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        meanings = _meanings(model)
+        for key, key_info in model.model_fields.items():
+            default = key_info.get_default(call_default_factory=True)
+            rows.append((f"{section}.{key}", "none" if default is None else str(default), meanings.get(key, "")))
+    return rows
+
+
+def _meanings(model: type[BaseModel]) -> dict[str, str]:
+    """Sentences under the fields, read from the source, so that no key is described twice."""
+    import ast
+    import inspect
+    import textwrap
+
+    found: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if not (isinstance(base, type) and issubclass(base, BaseModel)) or base is BaseModel:
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+                assert isinstance(text, ast.Expr)
+                assert isinstance(text.value, ast.Constant)
+                found[field.target.id] = " ".join(str(text.value.value).split())
+    return found
+
+
+def _read_toml(file: Path | None) -> dict[str, Any]:
+    path = file or Path(CONFIG_FILE)
+    if not path.is_file():
+        if file is None:
+            return {}
+        raise ConfigurationError(f"--config: expected a file, found none at {path}.")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: expected TOML, got: {error}") from error
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def _fault(where: tuple[int | str, ...], message: str, value: object) -> str:
+    name = ".".join(map(str, where)) or "configuration"
+    # A nested table can hold anything; only plain values are worth repeating.
+    shown = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return f"{name}: {message[0].lower() + message[1:]}{shown}"

@@ -1,0 +1,86 @@
+"""The align step: a CLIP-like model looks for every concept in the pixels of every image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from data_contracts.errors import ImageRejected
+from data_contracts.manifest import content_hash
+from data_contracts.tables import vocabulary_of
+from flows.chain import Context, ShardRunner, Step, StepResult
+from flows.devices import resolve_device
+from flows.ledger import asked_concepts
+from flows.steps.images import accepted, image_reader
+
+
+def _inputs(context: Context) -> Mapping[str, Any]:
+    images = accepted(context.run.read_images())
+    return {
+        "images": content_hash({"ids": images["image_id"].tolist()}),
+        "vocabulary": vocabulary_of(asked_concepts(context.run.read_concepts())).sha256,
+        "ledger": sorted(path.name for path in context.run.judgements_dir.glob("part-*.parquet")),
+        "settings": context.settings.align.model_dump(mode="json", exclude={"device", "batch_size"}),
+    }
+
+
+def _work(context: Context, _shards: ShardRunner) -> StepResult:
+    from annotation.alignment.align import AlignOptions, align
+
+    run, settings = context.run, context.settings.align
+    images = accepted(run.read_images())
+    vocabulary = vocabulary_of(asked_concepts(run.read_concepts()))
+    options = AlignOptions(
+        model=settings.model,
+        device=resolve_device(settings.device),
+        batch_size=settings.batch_size,
+        shard_size=context.settings.flow.shard_size,
+        n_folds=settings.n_folds,
+        seed=settings.seed,
+    )
+    unread: list[str] = []
+
+    def note(image_id: str, error: ImageRejected) -> None:
+        unread.append(f"image {image_id[:12]} was not aligned: {error.reason}")
+
+    with context.console.bar("aligning", len(images)) as advance:
+        shards = align(
+            images["image_id"].tolist(),
+            image_reader(context),
+            vocabulary,
+            run.read_judgements(),
+            options,
+            groups=_groups(images),
+            cache_dir=run.cache_dir,
+            advance=advance,
+            on_rejected=note,
+        )
+        n_rows = run.write_alignment(shards)
+    n_dropped = _drop_unseen(context)
+    counts: dict[str, float] = {"cells": n_rows, "images": len(images) - len(unread), "concepts": len(vocabulary)}
+    return StepResult(run.alignment_parts(), counts | ({"unseen_concepts": n_dropped} if n_dropped else {}), unread)
+
+
+def _groups(images: pd.DataFrame) -> dict[str, str]:
+    """Image id → what must stay on one side of a fit: the patient, or the cluster of near duplicates."""
+    group = images["group_id"].fillna(images["near_duplicate_of"]).fillna(images["image_id"])
+    return dict(zip(images["image_id"], group, strict=True))
+
+
+def _drop_unseen(context: Context) -> int:
+    """The paper's projection filter, where a threshold is configured; returns how many concepts it dropped."""
+    minimum = context.settings.concepts.projection_min_similarity
+    if minimum is None:
+        return 0
+    from annotation.filter import FilterOptions, drop_unseen
+
+    best = context.run.read_alignment_scores().groupby("concept_id")["similarity"].max().to_dict()
+    before = asked_concepts(context.run.read_concepts())
+    after = drop_unseen(before, best, FilterOptions(projection_min_similarity=minimum))
+    context.run.write_concepts(after)
+    return int((before["status"] != after["status"]).sum())
+
+
+ALIGN = Step("align", "Aligning concepts with pixels", _inputs, _work)

@@ -1,0 +1,1 @@
+"""Explanations of a trained classifier: rules in concepts, and maps over pixels."""

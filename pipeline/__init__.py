@@ -1,0 +1,1 @@
+"""Image files in; trainer-ready tables, reports and review pages out."""

@@ -1,0 +1,187 @@
+"""Alignment of a small run, end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+
+from annotation.alignment.align import AlignOptions, align, concept_texts
+from annotation.alignment.towers import load_aligner
+from data_contracts.concepts import Concept, Vocabulary
+from data_contracts.errors import ConfigurationError, ImageRejected, RejectReason
+from data_contracts.ports import Pixels
+
+VOCABULARY = Vocabulary.of([Concept("red", "red"), Concept("dark", "dark")])
+N_IMAGES = 40
+IDS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(N_IMAGES)]
+RED = np.random.default_rng(0).integers(0, 2, N_IMAGES)
+
+
+def read(image_id: str) -> Pixels:
+    number = IDS.index(image_id)
+    pixels = np.random.default_rng(number).integers(60, 160, (50, 70, 3), dtype=np.uint8)
+    pixels[..., 0] += np.uint8(80 * RED[number])
+    return pixels
+
+
+def judgements(wrong_fraction: float = 0.2) -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    said = np.stack([RED ^ (rng.random(N_IMAGES) < wrong_fraction), rng.integers(0, 2, N_IMAGES)], 1)
+    return pd.DataFrame(
+        {
+            "image_id": np.repeat(IDS, 2),
+            "concept_id": np.tile(VOCABULARY.ids, N_IMAGES),
+            "witness": "vlm",
+            "witness_model": "noisy",
+            "state": np.where(said.ravel() > 0, "present", "absent"),
+            "probability": np.nan,
+        }
+    )
+
+
+def run(tmp_path: Path, read_image: Any = read, **options: Any) -> pa.Table:
+    tables = align(
+        IDS,
+        read_image,
+        VOCABULARY,
+        judgements(),
+        AlignOptions(shard_size=16, batch_size=8, **options),
+        cache_dir=tmp_path,
+    )
+    return pa.concat_tables(tables)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def aligned(cache: Path) -> pa.Table:
+    return run(cache)
+
+
+def test_every_image_and_concept_has_a_row_in_order(aligned: pa.Table) -> None:
+    assert aligned.column("image_id").to_pylist() == list(np.repeat(IDS, 2))
+    assert aligned.column("concept_id").to_pylist() == ["red", "dark"] * N_IMAGES
+
+
+def test_similarity_is_the_mean_of_the_heatmap(aligned: pa.Table) -> None:
+    maps = aligned.column("heatmap").combine_chunks()
+    means = np.asarray(maps.flatten(), np.float32).reshape(-1, 49).mean(1)
+    np.testing.assert_allclose(means, aligned.column("similarity").to_numpy(), atol=2e-4)
+    assert set(aligned.column("grid_h").to_pylist()) == set(aligned.column("grid_w").to_pylist()) == {7}
+
+
+def test_cross_fitted_scores_beat_the_votes_they_learned_from(aligned: pa.Table) -> None:
+    frame = aligned.drop(["heatmap"]).to_pandas()
+    red = frame[frame["concept_id"] == "red"]
+    votes = judgements().query("concept_id == 'red'")["state"] == "present"
+    assert roc_auc_score(RED, votes) < 0.9
+    assert roc_auc_score(RED, red["similarity"]) > 0.95
+    assert roc_auc_score(RED, red["probability"]) > 0.95
+
+
+def test_a_second_run_reads_no_image_and_gives_the_same(aligned: pa.Table, cache: Path) -> None:
+    def refuse(image_id: str) -> Pixels:
+        raise AssertionError(f"read {image_id}")
+
+    again = run(cache, refuse)
+    np.testing.assert_allclose(
+        again.column("similarity").to_numpy(), aligned.column("similarity").to_numpy(), atol=1e-6
+    )
+
+
+def test_results_do_not_depend_on_the_cache_or_the_batch(aligned: pa.Table, tmp_path: Path) -> None:
+    bare = run(tmp_path, max_cache_gb=0.0)
+    assert not list(tmp_path.rglob("*.npy"))
+    np.testing.assert_allclose(bare.column("similarity").to_numpy(), aligned.column("similarity").to_numpy(), atol=1e-5)
+
+
+def test_unreadable_images_are_told_and_counted_and_nothing_stops(tmp_path: Path) -> None:
+    told: list[tuple[str, str]] = []
+    done: list[int] = []
+
+    def broken(image_id: str) -> Pixels:
+        if image_id == IDS[3]:
+            raise ImageRejected(RejectReason.TRUNCATED, "cut off")
+        return read(image_id)
+
+    tables = align(
+        IDS,
+        broken,
+        VOCABULARY,
+        judgements(),
+        AlignOptions(shard_size=16),
+        cache_dir=tmp_path,
+        advance=done.append,
+        on_rejected=lambda image_id, error: told.append((image_id, str(error.reason))),
+    )
+    table = pa.concat_tables(tables)
+    assert told == [(IDS[3], "truncated")]
+    assert sum(done) == N_IMAGES
+    assert table.num_rows == 2 * (N_IMAGES - 1)
+
+
+def test_one_patient_is_never_on_both_sides_of_a_fit(aligned: pa.Table, cache: Path) -> None:
+    tables = align(
+        IDS,
+        read,
+        VOCABULARY,
+        judgements(),
+        AlignOptions(shard_size=16),
+        groups=dict.fromkeys(IDS, "one patient"),
+        cache_dir=cache,
+    )
+    # Whoever sees all images sees the test patient: the only fold with data has a head that knows nothing.
+    assert pa.concat_tables(tables).column("probability").null_count == 2 * N_IMAGES
+
+
+def test_the_embedded_model_asks_for_judgements(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="medmicn judge"):
+        list(align(IDS, read, VOCABULARY, judgements().iloc[:0], AlignOptions(), cache_dir=tmp_path))
+
+
+def test_a_pretrained_model_needs_no_judgement_and_claims_no_probability(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    model: Any = open_clip.CLIP(24, vision, text)  # type: ignore[arg-type]
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}})
+    )
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    spec = f"local-dir:{tmp_path}"
+    options = AlignOptions(model=spec, batch_size=8)
+    table = pa.concat_tables(
+        align(IDS[:9], read, VOCABULARY, judgements().iloc[:0], options, cache_dir=tmp_path / "cache")
+    )
+    assert table.column("probability").null_count == 18
+    assert table.column("heatmap").combine_chunks().value_lengths().unique().to_pylist() == [4]
+    aligner = load_aligner(spec)
+    cells = aligner.dense(aligner.preprocess(read(IDS[0]))[None]).cells.flatten(1, 2)
+    cosines = torch.nn.functional.normalize(cells, dim=-1) @ torch.from_numpy(aligner.embed_text(["red", "dark"])).T
+    np.testing.assert_allclose(table.column("similarity").to_numpy()[:2], cosines.mean(1)[0].numpy(), atol=1e-3)
+
+
+def test_nothing_to_align_is_no_table(tmp_path: Path) -> None:
+    options = AlignOptions()
+    assert list(align(IDS, read, Vocabulary(), judgements(), options, cache_dir=tmp_path)) == []
+
+
+def test_concepts_of_one_name_are_told_apart_by_their_group() -> None:
+    vocabulary = Vocabulary.of(
+        [Concept("a", "Big", group="cell size"), Concept("b", "big", group="nucleus size"), Concept("c", "round")]
+    )
+    assert concept_texts(vocabulary) == ["Big, cell size", "big, nucleus size", "round"]

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from annotation.trust.fuse import NOBODY, FuseOptions, Fusion, fuse
+from annotation.trust.thresholds import ThresholdOptions, fit_thresholds
+from data_contracts.concepts import Concept, Vocabulary
+from data_contracts.tables import LABELS
+
+N = 400
+IDS = [f"image-{i:04d}" for i in range(N)]
+PLAIN = Vocabulary.of([Concept("a", "a"), Concept("b", "b"), Concept("c", "c")])
+GROUPED = Vocabulary.of([Concept(name, name, group="shape") for name in "abc"])
+
+
+def truth() -> np.ndarray:
+    """(N, 3) exactly one of three per image."""
+    return np.eye(3)[np.random.default_rng(0).integers(0, 3, N)]
+
+
+def judged(states: np.ndarray, witness: str = "vlm", model: str = "m", ids: list[str] | None = None) -> pd.DataFrame:
+    images = IDS if ids is None else ids
+    return pd.DataFrame(
+        {
+            "image_id": np.repeat(images, 3),
+            "concept_id": np.tile(["a", "b", "c"], len(images)),
+            "witness": witness,
+            "witness_model": model,
+            "state": np.asarray(states, object).ravel(),
+            "probability": np.nan,
+        }
+    )
+
+
+def noisy_vlm(error_fraction: float = 0.25) -> pd.DataFrame:
+    wrong = np.random.default_rng(1).random((N, 3)) < error_fraction
+    return judged(np.where((truth() > 0) ^ wrong, "present", "absent"))
+
+
+def scores() -> pd.DataFrame:
+    similarity = truth() * 0.2 + 0.1 * np.random.default_rng(2).standard_normal((N, 3))
+    return pd.DataFrame(
+        {
+            "image_id": np.repeat(IDS, 3),
+            "concept_id": np.tile(["a", "b", "c"], N),
+            "similarity": similarity.ravel(),
+            "probability": np.nan,
+        }
+    )
+
+
+def cell(labels: pd.DataFrame, image: str, concept: str) -> Any:
+    return labels[(labels["image_id"] == image) & (labels["concept_id"] == concept)].iloc[0]
+
+
+def accuracy(labels: pd.DataFrame) -> float:
+    called = labels["present"].notna().to_numpy()
+    return float((labels["present"].to_numpy(float, na_value=0.5) == truth().ravel())[called].mean())
+
+
+def test_labels_keep_the_contract_in_order() -> None:
+    labels = fuse(noisy_vlm(), scores(), PLAIN)
+    LABELS.to_arrow(labels, "labels")
+    assert labels["image_id"].tolist() == list(np.repeat(IDS, 3))
+    assert labels["concept_id"].tolist() == ["a", "b", "c"] * N
+
+
+def test_two_witnesses_are_better_than_each_and_a_group_is_better_still() -> None:
+    vlm_alone = fuse(noisy_vlm(), None, PLAIN)
+    together = fuse(noisy_vlm(), scores(), PLAIN)
+    grouped = fuse(noisy_vlm(), scores(), GROUPED)
+    assert accuracy(vlm_alone) < 0.8
+    assert 0.87 < accuracy(together) < accuracy(grouped)
+
+
+def test_members_of_an_exclusive_group_sum_to_one() -> None:
+    labels = fuse(noisy_vlm(), scores(), GROUPED)
+    np.testing.assert_allclose(labels.groupby("image_id")["probability"].sum(), 1, atol=1e-9)
+
+
+def test_experts_are_final_and_given_labels_come_next() -> None:
+    given_rows = judged(np.full((2, 3), "absent"), "given", "csv", IDS[:2])
+    expert = judged(np.array([["present", "not_assessed", "not_assessed"]]), "expert", "dr", IDS[:1])
+    labels = fuse(pd.concat([noisy_vlm(), expert, given_rows]), scores(), PLAIN)
+    first = cell(labels, IDS[0], "a")
+    assert (first["present"], first["probability"], first["decided_by"]) == (True, 1.0, "expert")
+    second = cell(labels, IDS[0], "b")
+    assert (second["present"], second["probability"], second["decided_by"]) == (False, 0.0, "given")
+    assert set(labels["decided_by"].iloc[6:]) <= {"vlm", "alignment", "vlm+alignment"}
+
+
+def test_an_experts_presence_excludes_the_rest_of_the_group() -> None:
+    expert = judged(np.array([["present", "not_assessed", "not_assessed"]]), "expert", "dr", IDS[:1])
+    labels = fuse(pd.concat([noisy_vlm(), expert]), scores(), GROUPED)
+    assert [cell(labels, IDS[0], c)["probability"] for c in "abc"] == pytest.approx([1, 0, 0], abs=1e-6)
+    assert not cell(labels, IDS[0], "b")["present"]
+
+
+def test_an_expert_who_cannot_tell_makes_the_label_abstain() -> None:
+    unsure = judged(np.full((1, 3), "uncertain"), "expert", "dr", IDS[:1])
+    label = cell(fuse(pd.concat([noisy_vlm(), unsure]), scores(), PLAIN), IDS[0], "a")
+    assert pd.isna(label["present"])
+    assert label["decided_by"] == "expert"
+
+
+def test_two_experts_against_each_other_abstain_and_disagree() -> None:
+    yes = judged(np.full((1, 3), "present"), "expert", "dr one", IDS[:1])
+    no = judged(np.full((1, 3), "absent"), "expert", "dr two", IDS[:1])
+    label = cell(fuse(pd.concat([noisy_vlm(), yes, no]), scores(), PLAIN), IDS[0], "a")
+    assert pd.isna(label["present"])
+    assert label["disagreement"] == 1
+
+
+def test_an_expert_may_change_their_mind() -> None:
+    yes = judged(np.full((1, 3), "present"), "expert", "dr", IDS[:1])
+    no = judged(np.full((1, 3), "absent"), "expert", "dr", IDS[:1])
+    assert not cell(fuse(pd.concat([noisy_vlm(), yes, no]), scores(), PLAIN), IDS[0], "a")["present"]
+
+
+def test_where_nobody_spoke_nothing_is_called() -> None:
+    states = np.where(truth() > 0, "present", "absent").astype(object)
+    states[5] = "not_assessed"
+    label = cell(fuse(judged(states), None, PLAIN), IDS[5], "a")
+    assert pd.isna(label["present"])
+    assert label["decided_by"] == NOBODY
+    assert label["disagreement"] == 0
+
+
+def test_uncertain_answers_move_labels_little() -> None:
+    states = np.where(truth() > 0, "present", "absent").astype(object)
+    states[7] = "uncertain"
+    said = judged(states)
+    said.loc[said["image_id"] == IDS[7], "probability"] = 0.9
+    labels = fuse(pd.concat([said, judged(states, model="other")]), None, PLAIN)
+    prevalence = labels["probability"].mean()
+    assert cell(labels, IDS[7], "a")["probability"] == pytest.approx(prevalence, abs=0.15)
+
+
+def test_disagreement_is_high_where_witnesses_oppose_each_other() -> None:
+    labels = fuse(noisy_vlm(0.1), scores(), PLAIN)
+    vlm_said = noisy_vlm(0.1)["state"].eq("present").to_numpy()
+    opposed = vlm_said != (truth().ravel() > 0)
+    mean = labels.groupby(opposed)["disagreement"].mean()
+    assert mean[True] > 0.5
+    assert mean[False] < 0.3
+
+
+def test_decided_by_names_whoever_spoke() -> None:
+    assert set(fuse(noisy_vlm(), None, PLAIN)["decided_by"]) == {"vlm"}
+    assert set(fuse(noisy_vlm().iloc[:0], scores(), PLAIN)["decided_by"]) == {"alignment"}
+    assert "vlm+alignment" in set(fuse(noisy_vlm(), scores(), PLAIN)["decided_by"])
+
+
+def test_with_thresholds_alignment_votes_by_the_papers_rule() -> None:
+    thresholds = fit_thresholds(scores(), noisy_vlm(), ThresholdOptions(abstain_fraction=0.0))
+    fusion = Fusion(noisy_vlm(), scores(), PLAIN, FuseOptions(), thresholds=thresholds)
+    assert ("alignment", "threshold") in fusion.voters
+    assert not np.isfinite(fusion.evidence.score).any()
+    assert accuracy(fusion.labels()) > accuracy(fuse(noisy_vlm(), None, PLAIN))
+
+
+def test_a_wider_band_abstains_more_and_errs_less() -> None:
+    narrow = fuse(noisy_vlm(), scores(), PLAIN, FuseOptions(abstain_low=0.5, abstain_high=0.5))
+    wide = fuse(noisy_vlm(), scores(), PLAIN, FuseOptions(abstain_low=0.1, abstain_high=0.9))
+    assert wide["present"].isna().sum() > narrow["present"].isna().sum()
+    assert accuracy(wide) > accuracy(narrow)
+
+
+def test_chunks_and_sampling_change_nothing_that_matters() -> None:
+    whole = fuse(noisy_vlm(), scores(), GROUPED)
+    parts = fuse(noisy_vlm(), scores(), GROUPED, FuseOptions(chunk_size=7))
+    pd.testing.assert_frame_equal(whole, parts)
+    sampled = fuse(noisy_vlm(), scores(), GROUPED, FuseOptions(max_fit_images=200))
+    assert np.abs(sampled["probability"] - whole["probability"]).mean() < 0.03
+
+
+def test_reliability_is_reported_per_witness_and_concept() -> None:
+    table = Fusion(noisy_vlm(0.25), scores(), PLAIN, FuseOptions()).reliability()
+    assert table["concept_id"].tolist() == ["a", "b", "c"]
+    assert table["sensitivity"].mean() == pytest.approx(0.75, abs=0.1)
+    assert table["specificity"].mean() == pytest.approx(0.75, abs=0.1)
+
+
+def test_nothing_at_all_is_an_empty_table() -> None:
+    labels = fuse(noisy_vlm().iloc[:0], None, PLAIN)
+    assert len(labels) == 0
+    LABELS.to_arrow(labels, "labels")
+
+
+def test_a_band_upside_down_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        FuseOptions(abstain_low=0.7)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_contracts.errors import ConfigurationError
+from flows.settings import api_key, documentation, parse_assignment, resolve
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "other.toml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_override_the_file_and_the_file_overrides_what_the_run_was_made_with(empty_folder: Path) -> None:
+    file = write(empty_folder, "[train]\nepochs = 7\nbatch_size = 8\n")
+    stored = {"train": {"epochs": 3, "batch_size": 4, "dropout": 0.1}}
+    settings = resolve(file, {"train.epochs": 9}, stored)
+    assert (settings.train.epochs, settings.train.batch_size, settings.train.dropout) == (9, 8, 0.1)
+
+
+def test_the_file_in_the_current_folder_is_read(empty_folder: Path) -> None:
+    (empty_folder / "medmicn.toml").write_text('[source]\nmodality = "chest CT"\n')
+    assert resolve(None).source.modality == "chest CT"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nepoch = 7\n", "train.epoch: extra inputs"),
+        ("[train]\nepochs = 0\n", "train.epochs: .*got 0"),
+        ("[vlm]\nbase_url = 'ftp://x'\n", "vlm.base_url"),
+        ("[source]\ntrain_fraction = 0.9\nval_fraction = 0.1\n", "test split remains"),
+        ("not toml at all", "expected TOML"),
+    ],
+)
+def test_a_wrong_file_names_the_key_and_what_came(empty_folder: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        resolve(write(empty_folder, text))
+
+
+def test_a_missing_file_is_refused(empty_folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match="expected a file"):
+        resolve(empty_folder / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train.epochs=5", ("train.epochs", 5)),
+        ("vlm.model=qwen2.5vl:7b", ("vlm.model", "qwen2.5vl:7b")),
+        ("train.seeds=[1,2]", ("train.seeds", [1, 2])),
+        ("train.freeze_backbone=false", ("train.freeze_backbone", False)),
+    ],
+)
+def test_assignments_are_read_as_toml_or_text(text: str, expected: tuple[str, object]) -> None:
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["epochs=5", "train.epochs", ""])
+def test_a_malformed_assignment_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="section.key=value"):
+        parse_assignment(text)
+
+
+def test_the_key_comes_from_the_environment_and_never_stands_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    settings = resolve(None, {"vlm.base_url": "http://127.0.0.1:1/v1", "vlm.model": "m", "vlm.api_key_env": "MY_KEY"})
+    key = api_key(settings)
+    assert key is not None
+    assert key.get_secret_value() == "sk-secret"
+    assert "sk-secret" not in settings.model_dump_json()
+    assert "sk-secret" not in repr(key)
+
+
+def test_every_key_is_documented() -> None:
+    undocumented = [name for name, _, meaning in documentation() if not meaning]
+    assert undocumented == []
