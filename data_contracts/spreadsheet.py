@@ -28,7 +28,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Write a frame atomically: UTF-8 with byte-order mark, text that looks like a formula made harmless."""
     shielded = frame.assign(**{name: frame[name].map(_shield, na_action="ignore") for name in _text_columns(frame)})
     # The csv module quotes "\n" by itself, but a lone "\r" only when told to quote everything.
-    has_return = any(frame[name].map(lambda v: isinstance(v, str) and "\r" in v).any() for name in _text_columns(frame))
+    has_return = any(frame[name].map(_has_return).any() for name in _text_columns(frame))
     quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
     write_with(
         path,
@@ -45,6 +45,10 @@ def read_csv(path: Path, *, as_text: bool = False) -> pd.DataFrame:
 
 def _text_columns(frame: pd.DataFrame) -> list[str]:
     return [str(name) for name in frame if pd.api.types.is_string_dtype(frame[name]) or frame[name].dtype == object]
+
+
+def _has_return(value: object) -> bool:
+    return isinstance(value, str) and "\r" in value
 
 
 def _shield(value: object) -> object:

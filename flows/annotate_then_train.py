@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -36,7 +37,7 @@ from flows.chain import Context, Shard, ShardWork, Step, StepReport, execute  # 
 from flows.settings import Settings, resolve  # noqa: E402
 from flows.steps import STEPS, begin, chain_for  # noqa: E402
 
-_RETRY_DELAYS_S = [5, 30, 120]
+_RETRY_DELAYS_S: list[float] = [5.0, 30.0, 120.0]
 
 
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -98,34 +99,58 @@ def flow_for(settings: Settings) -> Any:
 
 
 def _run_chain(context: Context, last_step: str | None) -> list[StepReport]:
-    artifact = create_progress_artifact(progress=0.0, key="progress", description="steps done")
+    progress = _Progress()
     reports: list[StepReport] = []
     done: set[str] = set()
     # What the chain holds depends on what was ingested (labels or none), so it is asked again after every step.
     while (step := next((s for s in chain_for(context, last_step) if s.name not in done), None)) is not None:
-        reports.append(_run_one(step, context))
+        progress.begin(step.name, len(done), len(chain_for(context, last_step)))
+        reports.append(_run_one(step, context, progress))
         done.add(step.name)
-        _show_progress(artifact, len(done), len(chain_for(context, last_step)), step)
+    progress.end()
     return reports
 
 
-def _run_one(step: Step, context: Context) -> StepReport:
+class _Progress:
+    """The progress artifact: whole steps, and shards within a step."""
+
+    def __init__(self) -> None:
+        created = create_progress_artifact(progress=0.0, key="progress", description="begun")
+        # Prefect's signature also covers coroutines, which it never gives to synchronous callers.
+        assert isinstance(created, UUID)
+        self._artifact = created
+        self._step, self._n_done, self._n_steps = "", 0, 1
+
+    def begin(self, step: str, n_done: int, n_steps: int) -> None:
+        self._step, self._n_done, self._n_steps = step, n_done, n_steps
+        self.shards(0, 1)
+
+    def shards(self, n_done: int, n_shards: int) -> None:
+        """Within the current step, `n_done` of `n_shards` are finished."""
+        fraction = (self._n_done + n_done / max(n_shards, 1)) / self._n_steps
+        update_progress_artifact(self._artifact, progress=100.0 * fraction, description=self._step)
+
+    def end(self) -> None:
+        update_progress_artifact(self._artifact, progress=100.0, description="done")
+
+
+def _run_one(step: Step, context: Context, progress: _Progress) -> StepReport:
     if step.sharded:
-        return execute(step, context, shards=_prefect_shards)
+        return execute(step, context, shards=partial(_prefect_shards, progress))
     return run_step(step.name, str(context.run.path), context.settings.model_dump(mode="json"))
 
 
-def _prefect_shards(context: Context, work: ShardWork, shards: list[Shard]) -> list[Any]:
+def _prefect_shards(progress: _Progress, context: Context, work: ShardWork, shards: list[Shard]) -> list[Any]:
     name = f"{work.__module__}:{work.__qualname__}"
     config = context.settings.model_dump(mode="json")
     attempt = run_shard.with_options(retries=context.settings.flow.retries)
     run = str(context.run.path)
     futures = [attempt.submit(work.__name__, n, name, shard, run, config) for n, shard in enumerate(shards)]
-    return [future.result() for future in futures]
-
-
-def _show_progress(artifact: UUID, n_done: int, n_steps: int, step: Step) -> None:
-    update_progress_artifact(artifact, progress=100.0 * n_done / n_steps, description=f"after {step.name}")
+    results = []
+    for future in futures:
+        results.append(future.result())
+        progress.shards(len(results), len(shards))
+    return results
 
 
 def _publish(context: Context) -> None:

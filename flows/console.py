@@ -22,7 +22,7 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self._watchers: list[Callable[[str, int, int | None], None]] = []
+        self._expected: dict[str, tuple[int, int]] = {}
 
     def say(self, text: str = "") -> None:
         """One line for information. Text is shown as it is: markup in names or answers has no effect."""
@@ -42,15 +42,15 @@ class Console:
         """One error line, shown even when quiet."""
         self._rich.print(f"error: {text}", markup=False, style="red")
 
-    def watch(self, watcher: Callable[[str, int, int | None], None]) -> None:
-        """Also tell `watcher` of every progress: title, items done, total (None where unknown)."""
-        self._watchers.append(watcher)
+    def expect(self, title: str, total: int) -> None:
+        """The next bars of this title are parts of one piece of work with `total` items, one after the other."""
+        self._expected[title] = (0, total)
 
     @contextmanager
     def bar(self, title: str, total: int | None) -> Iterator[Advance]:
         """A progress bar; the value is the `Advance` to call with the number of items just finished."""
+        done, total = self._expected.get(title, (0, total))
         with self._display(title, total) as show:
-            done = 0
             lock = threading.Lock()
 
             def advance(n_items: int) -> None:
@@ -58,10 +58,10 @@ class Console:
                 with lock:
                     done += n_items
                     show(done)
-                    for watcher in self._watchers:
-                        watcher(title, done, total)
 
             yield advance
+        if title in self._expected and total is not None:
+            self._expected[title] = (done, total)
 
     @contextmanager
     def _display(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:

@@ -179,7 +179,7 @@ def _limits(run: RunFolder, synthetic: bool) -> list[str]:
     judged = _optional(run.read_judgements)
     if judged is not None and len(judged) and not (judged["witness"] == "expert").any():
         found.append("No expert has looked at the labels of this run yet; agreement between machines is no truth.")
-    if judged is not None and (judged["witness_model"] == "medmicn-embedded-measurements").any():
+    if judged is not None and judged["witness_model"].str.startswith("medmicn-embedded").any():
         found.append(
             "Images were judged by the embedded model, which measures colour, size, shape and texture; "
             "it knows no medicine."

@@ -53,7 +53,7 @@ def serve(source: Path, run: Path, settings: Settings, *, cron: str | None, ever
     """Serve the deployment until interrupted; one run at a time, so that none overtakes another."""
     require_server()
     flow_for(settings).serve(
-        name=f"annotate-then-train-{run.name}",
+        name=run.name,
         cron=cron,
         interval=every,
         parameters={

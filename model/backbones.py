@@ -54,7 +54,7 @@ class Preprocessing:
     def __call__(self, pixels: Pixels) -> Tensor:
         """(H, W, 3) uint8 → (3, size, size) float32."""
         square = self.resize(pixels).astype(np.float32) / 255
-        scaled = (square - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (square - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
     def resize(self, pixels: Pixels) -> Pixels:
@@ -109,13 +109,13 @@ def build_backbone(name: str, *, size_px: int = 224, pretrained: bool = True) ->
         fingerprint, source = LITE0_SHA256, f"package {LITE0_PACKAGE}, sha256 {LITE0_SHA256}"
     else:
         config = resolve_model_data_config(module)
-        preprocess = Preprocessing(size_px, config["mean"], config["std"], config["interpolation"])
-        fingerprint, source = _hash_of_weights(module), f"timm {_tagged(module, name)}"
+        preprocess = Preprocessing(size_px, config["mean"], config["std"], str(config["interpolation"]))
+        fingerprint, source = hash_of_weights(module), f"timm {_tagged(module, name)}"
     return Backbone(name, module, n_features, preprocess, fingerprint, source)
 
 
 def _embedded_module(pretrained: bool) -> nn.Module:
-    module = timm.create_model(LITE0_TIMM_NAME)
+    module: Any = timm.create_model(LITE0_TIMM_NAME)
     if pretrained:
         state = torch.load(lite0_weights_path(), map_location="cpu", weights_only=True)
         module.load_state_dict(lite0_to_timm(state), strict=True)
@@ -167,7 +167,7 @@ def _refuse_size(name: str, size_px: int, error: Exception) -> ConfigurationErro
     )
 
 
-def _hash_of_weights(module: nn.Module) -> str:
+def hash_of_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key}:{tuple(value.shape)}:{value.dtype}".encode())

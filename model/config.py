@@ -39,23 +39,27 @@ class TrainConfig(BaseModel):
     """Length of one concept embedding."""
     temperature: float = Field(100.0, gt=0)
     """Softness of the choice of concepts in `dcr`; 100, as published, takes every concept, 1 the better half."""
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
     """Fraction of the backbone's features that is hidden in each training step."""
 
-    epochs: int = Field(60, ge=1)
-    """Longest training; the epoch that is kept is chosen on the validation images."""
-    patience: int = Field(20, ge=1)
-    """Training stops after this many epochs without a better validation result."""
+    epochs: int = Field(30, ge=1)
+    """Length of training; step sizes fall along a half cosine to 0 at its end."""
+    first_candidate_fraction: float = Field(0.5, ge=0, lt=1)
+    """The epoch that is kept is chosen on validation images, among those after this fraction of the training: the
+    class layer is good after a few epochs, when most concepts have not been learnt yet."""
+    patience: int = Field(10, ge=1)
+    """Training stops after this many candidate epochs without a better validation result."""
     batch_size: int = Field(32, ge=1)
     """Images in one training step."""
     learning_rate: float = Field(1e-3, gt=0)
-    """AdamW step size of everything but the backbone."""
+    """AdamW step size, at the start, of everything but the backbone."""
     backbone_learning_rate: float = Field(5e-5, gt=0)
-    """AdamW step size of the backbone when it is fine-tuned."""
+    """AdamW step size, at the start, of the backbone when it is fine-tuned."""
     weight_decay: float = Field(1e-2, ge=0)
     """AdamW decoupled weight decay; biases and normalisation weights are not decayed."""
-    lambda_concept: float = Field(0.1, ge=0)
-    """Weight of the concept loss, the paper's λ1."""
+    lambda_concept: float = Field(1.0, ge=0)
+    """Weight of the concept loss, λ1. The paper has 0.1; on frozen features 1 learns the concepts much better and the
+    classes as well."""
     lambda_neural: float = Field(0.1, ge=0)
     """Weight of the rule's own classification loss, the paper's λ2."""
     class_weights: bool = True

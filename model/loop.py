@@ -92,6 +92,7 @@ class Loop:
             self.model = ImageNetwork(self.backbone.module, self.head).to(self.device)
             groups += _decayed(self.backbone.module, self.config.backbone_learning_rate, self.config.weight_decay)
         self.optimiser = torch.optim.AdamW(groups)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, self.config.epochs)
         self.half = _half_precision(self.config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
 
@@ -99,14 +100,18 @@ class Loop:
         history: list[dict[str, float]] = []
         best = (-np.inf, -np.inf)
         kept, kept_epoch = _copy_of_state(self.model), 0
+        first_candidate = 1 + int(self.config.first_candidate_fraction * self.config.epochs)
         for epoch in range(1, self.config.epochs + 1):
             started_s = time.perf_counter()
             row = {"epoch": float(epoch), **self._train_epoch(), **self._validate()}
             history.append({**row, "seconds": time.perf_counter() - started_s})
             if on_epoch is not None:
                 on_epoch(self.seed, history[-1])
+            self.schedule.step()
+            if epoch < first_candidate:
+                continue
             rank = _rank(row["val_macro_f1"], row["val_loss"])
-            if rank > best or len(self.val_rows) == 0:
+            if kept_epoch == 0 or rank > best or len(self.val_rows) == 0:
                 best, kept, kept_epoch = rank, _copy_of_state(self.model), epoch
             elif epoch - kept_epoch >= self.config.patience:
                 break
@@ -115,7 +120,7 @@ class Loop:
 
     def _fitted(self, history: list[dict[str, float]], epoch: int) -> Fitted:
         self.backbone.module.cpu().eval().requires_grad_(False)
-        chosen = history[max(epoch, 1) - 1]
+        chosen = history[epoch - 1]
         return Fitted(
             self.seed,
             self.head.cpu().eval(),
@@ -189,7 +194,7 @@ class Loop:
             features = features.double().cpu()
             n, total, squares = n + len(features), total + features.sum(0), squares + features.square().sum(0)
         mean = total / n
-        self.head.standardise.fit(mean.float(), (squares / n - mean.square()).clamp(min=0).sqrt().float())
+        self.head.standardise.fit(mean.float(), (squares / n - mean.square()).clamp(min=0).float())
 
 
 def resolve_device(name: str) -> torch.device:

@@ -18,11 +18,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from annotation.alignment.adapt import CrossFit, cross_fit, fold_of, projections
+from annotation.alignment.adapt import CrossFit, cross_fit, fold_of
 from annotation.alignment.dense import heatmaps
 from annotation.alignment.features import CellStore
 from annotation.alignment.nulls import NULL_PROMPTS
 from annotation.alignment.options import AlignOptions
+from annotation.alignment.projections import projections
 from annotation.alignment.source import Cells, CellSource, OnRejected, slices
 from annotation.alignment.towers import Aligner, load_aligner
 from annotation.votes import Votes, training_votes
@@ -65,7 +66,7 @@ def align(  # noqa: PLR0913  (the border's agreed names)
         image_ids: Images to align; each once.
         read: Gives the pixels of an image.
         vocabulary: The concepts and their order.
-        judgements: The ledger; needed only to fit heads.
+        judgements: The ledger; used only to fit heads, so leave out what people said of test images.
         options: Model, batches, folds.
         groups: Image id → patient; images of one patient are never on both sides of a fit.
         cache_dir: Where cell features may stay between runs.

@@ -17,7 +17,7 @@ from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from annotation.alignment.adapt import Projections
+from annotation.alignment.projections import Projections
 from annotation.alignment.towers import EMBEDDED, Aligner
 from annotation.text import quiet_loading
 from data_contracts.embedded_weights import LITE0_TIMM_NAME, lite0_to_timm, lite0_weights_path, minilm_folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,7 @@ class Fusion:
         options: FuseOptions,
         *,
         thresholds: pd.DataFrame | None = None,
+        learn_from: Collection[str] | None = None,
     ) -> None:
         """Read the evidence and learn the reliabilities; see `fuse` for the arguments."""
         scores = alignment_scores(alignment)
@@ -90,7 +91,7 @@ class Fusion:
             _expert_uncertain(standing, self.image_ids, vocabulary) & (self._expert.weight == 0)
         )
         self.evidence = _evidence(score, list(voters.values()), self._expert, self._given)
-        self.model = fit_label_model(_sampled(self.evidence, options))
+        self.model = fit_label_model(_rows(self.evidence, self._learners(learn_from)))
 
     def labels(self) -> pd.DataFrame:
         """LABELS rows: images in order of appearance, concepts in the vocabulary's."""
@@ -113,6 +114,17 @@ class Fusion:
                 "sensitivity": self.model.sensitivity.ravel(),
                 "specificity": self.model.specificity.ravel(),
             }
+        )
+
+    def _learners(self, learn_from: Collection[str] | None) -> npt.NDArray[np.int64]:
+        """Row numbers of the images that reliabilities are learned on."""
+        rows = np.arange(len(self.image_ids))
+        if learn_from is not None:
+            rows = np.flatnonzero(np.isin(self.image_ids.astype(str), list(learn_from)))
+        if len(rows) <= self.options.max_fit_images:
+            return rows
+        return np.sort(
+            np.random.default_rng(self.options.seed).choice(rows, self.options.max_fit_images, replace=False)
         )
 
     def _frame(self, rows: npt.NDArray[np.int64]) -> pd.DataFrame:
@@ -187,6 +199,7 @@ def fuse(
     options: FuseOptions | None = None,
     *,
     thresholds: pd.DataFrame | None = None,
+    learn_from: Collection[str] | None = None,
 ) -> pd.DataFrame:
     """LABELS of every image that was judged or aligned.
 
@@ -201,8 +214,11 @@ def fuse(
         options: Abstain band and limits.
         thresholds: From `fit_thresholds`: alignment then votes by its threshold (the paper's rule) instead of
             contributing its score.
+        learn_from: Images on which reliabilities are learned; all if None. Leave the test split out where people
+            answered on it, or what they said there would reach the labels of other images.
     """
-    return Fusion(judgements, alignment, vocabulary, options or FuseOptions(), thresholds=thresholds).labels()
+    settings = options or FuseOptions()
+    return Fusion(judgements, alignment, vocabulary, settings, thresholds=thresholds, learn_from=learn_from).labels()
 
 
 def _together(by_witness: dict[tuple[str, str], Votes], witness: Witness, shape: tuple[int, ...]) -> Votes:
@@ -238,14 +254,6 @@ def _evidence(score: npt.NDArray[np.float32], voters: list[Votes], expert: Votes
 def _rows(evidence: Evidence, rows: npt.NDArray[np.int64]) -> Evidence:
     score, value, weight, decided = evidence
     return Evidence(score[rows], value[:, rows], weight[:, rows], decided[rows])
-
-
-def _sampled(evidence: Evidence, options: FuseOptions) -> Evidence:
-    n_images = len(evidence.score)
-    if n_images <= options.max_fit_images:
-        return evidence
-    rows = np.random.default_rng(options.seed).choice(n_images, options.max_fit_images, replace=False)
-    return _rows(evidence, np.sort(rows))
 
 
 def _sum_of_said(log_odds: Array) -> Array:

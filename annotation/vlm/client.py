@@ -22,10 +22,10 @@ import openai
 from pydantic import BaseModel, SecretStr
 
 from annotation.vlm.budget import Budget, Pace, most_usage, reserved
-from annotation.vlm.embedded import MEASUREMENT_VERSION, create_app
+from annotation.vlm.embedded import create_app
 from annotation.vlm.journal import Journal, Record, utc_now
 from annotation.vlm.schema import AnswerFault, FaultCode, Usage, VlmRequest
-from annotation.vlm.settings import EMBEDDED_MODEL, VlmSettings
+from annotation.vlm.settings import VlmSettings
 from data_contracts.errors import Deferred, EndpointError
 
 T = TypeVar("T")
@@ -238,15 +238,7 @@ class _Breaker:
 
 def _parameters(settings: VlmSettings) -> Mapping[str, Any]:
     """What decides an answer besides the question: the model and how it samples."""
-    parameters: dict[str, Any] = {
-        "model": settings.model,
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-    }
-    if settings.model == EMBEDDED_MODEL:
-        # The name stays when the measurements change; old answers must not pass for new ones.
-        parameters["measurements"] = MEASUREMENT_VERSION
-    return parameters
+    return {"model": settings.model, "temperature": settings.temperature, "seed": settings.seed}
 
 
 def _http_client(settings: VlmSettings, transport: httpx2.AsyncBaseTransport | None) -> httpx2.AsyncClient | None:

@@ -30,11 +30,8 @@ from annotation.vlm.budget import image_tokens, text_tokens
 from annotation.vlm.measure import Measurements, measure
 from annotation.vlm.reading import reading_of
 from annotation.vlm.select import select_concepts
-from annotation.vlm.settings import EMBEDDED_MODEL
+from annotation.vlm.settings import EMBEDDED_MODEL, MEASUREMENT_VERSION
 from data_contracts.ports import Pixels
-
-MEASUREMENT_VERSION = 1
-"""Raised whenever the same image may be answered differently."""
 
 _MAX_THREADS = 4
 _MAX_IMAGE_PIXELS = 16_000_000

@@ -10,8 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 EMBEDDED = "embedded"
 """The `base_url` of the built-in endpoint, reached in process."""
 
-EMBEDDED_MODEL = "medmicn-embedded-measurements"
-"""The model name under which the embedded endpoint signs its answers."""
+MEASUREMENT_VERSION = 1
+"""Raised whenever the embedded endpoint may answer the same image differently."""
+
+EMBEDDED_MODEL = f"medmicn-embedded-measurements-{MEASUREMENT_VERSION}"
+"""The model name under which the embedded endpoint signs its answers: old answers never pass for new ones."""
 
 _EMBEDDED_SIDE_PX = 256
 _REMOTE_SIDE_PX = 512
@@ -66,6 +69,14 @@ class VlmSettings(BaseModel):
         if parts.username or parts.password:
             raise ValueError("expected an address without user name or password; keys belong in the environment")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _installed_measurements(cls, values: object) -> object:
+        """The embedded endpoint is the installed one, whatever version a stored configuration names."""
+        if isinstance(values, dict) and values.get("base_url", EMBEDDED) == EMBEDDED:
+            return {**values, "model": EMBEDDED_MODEL}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

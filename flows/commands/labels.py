@@ -146,7 +146,7 @@ def audit_score(
     context = existing_context(run, config, flags_of(assignments), console)
     with context.run.lock():
         scores = score_audit(context, reviewer)
-    console.say(scores.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    console.say(scores.to_string(index=False, float_format="{:.2f}".format))
     OUTCOME.content["audit"] = scores.to_dict(orient="records")
     console.say(f"next:    medmicn fuse --run {context.run.path}   (labels that use the expert's answers)")
     finish([], context.run)

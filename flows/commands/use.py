@@ -82,7 +82,7 @@ def compare(
 
     with context.run.lock():
         table = compare_systems(context, systems)
-    console.say(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    console.say(table.to_string(index=False, float_format="{:.3f}".format))
     console.say(f"written: {context.run.path / 'comparison.csv'}")
     OUTCOME.content["systems"] = table.to_dict(orient="records")
     finish([], context.run)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from data_contracts.errors import ImageRejected
 from data_contracts.manifest import content_hash
-from data_contracts.tables import vocabulary_of
+from data_contracts.tables import Split, Witness, vocabulary_of
 from flows.chain import Context, ShardRunner, Step, StepResult
 from flows.devices import resolve_device
 from flows.ledger import asked_concepts
@@ -50,7 +50,7 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
             images["image_id"].tolist(),
             image_reader(context),
             vocabulary,
-            run.read_judgements(),
+            without_people_on_test(run.read_judgements(), images),
             options,
             groups=_groups(images),
             cache_dir=run.cache_dir,
@@ -61,6 +61,13 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
     n_dropped = _drop_unseen(context)
     counts: dict[str, float] = {"cells": n_rows, "images": len(images) - len(unread), "concepts": len(vocabulary)}
     return StepResult(run.alignment_parts(), counts | ({"unseen_concepts": n_dropped} if n_dropped else {}), unread)
+
+
+def without_people_on_test(judgements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
+    """The judgements that heads may be fitted to: what people say of test images stays out of every fit."""
+    test = set(images.loc[images["split"] == Split.TEST, "image_id"])
+    by_person = judgements["witness"].isin([Witness.EXPERT, Witness.GIVEN])
+    return judgements[~(by_person & judgements["image_id"].isin(test))]
 
 
 def _groups(images: pd.DataFrame) -> dict[str, str]:

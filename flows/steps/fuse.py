@@ -45,7 +45,8 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
         write_csv(run.path / THRESHOLDS_CSV, thresholds)
         outputs.append(run.path / THRESHOLDS_CSV)
     options = FuseOptions(abstain_low=settings.abstain_low, abstain_high=settings.abstain_high)
-    labels = fuse(judgements, scores, vocabulary, options, thresholds=thresholds)
+    learn_from = _outside_test(images)["image_id"].tolist()
+    labels = fuse(judgements, scores, vocabulary, options, thresholds=thresholds, learn_from=learn_from)
     run.write_labels(labels, wide_labels(images, labels, vocabulary))
     trust_files, leaks = _write_trust(context, labels, judgements, scores, images)
     abstained = float(labels["present"].isna().mean()) if len(labels) else 0.0

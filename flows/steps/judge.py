@@ -17,6 +17,7 @@ from flows.chain import Context, Shard, ShardRunner, Step, StepResult
 from flows.ledger import asked_concepts
 from flows.steps.images import accepted, image_reader
 
+_BAR = "judging"
 _ASSUMED_CONCEPTS = 12
 """Concepts an estimate counts with as long as none are known."""
 
@@ -88,6 +89,7 @@ def _work(context: Context, shards: ShardRunner) -> StepResult:
     n_known = len(accepted(context.run.read_images())) - len(todo)
     size = context.settings.flow.shard_size
     LIMITS.begin(context)
+    context.console.expect(_BAR, len(todo))
     outcomes = shards(context, judge_shard, [todo[i : i + size] for i in range(0, len(todo), size)])
     failures = Counter[str]()
     for outcome in outcomes:
@@ -117,7 +119,7 @@ def judge_shard(context: Context, shard: Shard) -> dict[str, Any]:
 
     async def ask() -> Any:
         async with open_client(context, budget, pace) as client:
-            with context.console.bar("judging", len(shard)) as advance:
+            with context.console.bar(_BAR, len(shard)) as advance:
                 return await judge(shard, vocabulary, read, client, modality, advance=advance)
 
     judged = asyncio.run(ask())

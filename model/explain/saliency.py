@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import matplotlib
 import numpy as np
@@ -52,13 +52,15 @@ class Rest(nn.Module):
     def __init__(self, backbone: nn.Module, head: Head, prefix: Tensor | None) -> None:
         """Join the backbone's end and a head."""
         super().__init__()
-        self.backbone, self.head, self.prefix = backbone, head, prefix
+        # timm's networks share these methods by habit, not by a type.
+        self.backbone: Any = backbone
+        self.head, self.prefix = head, prefix
         self.cells = nn.Identity()
 
     def forward(self, cells: Tensor) -> Tensor:
         """(B, D, h, w) → (B, C + K)."""
         output = self.head(self.pooled(self.cells(cells)))
-        concepts = [] if output.concepts is None else [output.concepts.logits]
+        concepts: list[Tensor] = [] if output.concepts is None else [output.concepts.logits]
         return torch.cat([output.class_logits, *concepts], dim=1)
 
     def pooled(self, cells: Tensor) -> Tensor:
@@ -94,7 +96,8 @@ def concept_maps(
 
 def with_maps(classifier: Classifier, pixels: Pixels, prediction: Prediction, n_concepts: int) -> Prediction:
     """The prediction with its class's map, and those of the concepts that are most surely present in its rule."""
-    asked = [] if prediction.rule is None else [t for t in prediction.rule.terms if t.present]
+    terms = () if prediction.rule is None else prediction.rule.terms
+    asked = [t for t in terms if t.present]
     leading = [t.concept_id for t in sorted(asked, key=lambda t: -t.truth)[:n_concepts]]
     return replace(
         prediction,
@@ -110,7 +113,7 @@ def overlay(pixels: Pixels, saliency: Map, *, strength: float = 0.45) -> Pixels:
     return np.clip(np.rint(pixels * (1 - weight) + colours * weight), 0, 255).astype(np.uint8)
 
 
-def cut(backbone: nn.Module, images: Tensor) -> Cut:
+def cut(backbone: Any, images: Tensor) -> Cut:
     """The images (B, 3, S, S) at the cut; raises `ConfigurationError` for a backbone without a grid of cells."""
     if _is_transformer(backbone):
         return _cut_transformer(backbone, images)
@@ -123,9 +126,13 @@ def cut(backbone: nn.Module, images: Tensor) -> Cut:
     return Cut(cells.permute(0, 3, 1, 2) if _channels_last(backbone) else cells, None)
 
 
-def _cut_transformer(backbone: nn.Module, images: Tensor) -> Cut:
+def _cut_transformer(backbone: Any, images: Tensor) -> Cut:
     seen: list[Tensor] = []
-    handle = backbone.blocks[-1].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+
+    def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+
+    handle = backbone.blocks[-1].register_forward_pre_hook(see)
     try:
         backbone.forward_features(images)
     finally:
@@ -154,9 +161,11 @@ def _maps(classifier: Classifier, pixels: Pixels, columns: Sequence[int], method
     with torch.no_grad():
         at_cut = cut(network.backbone, image)
     rest = Rest(network.backbone, network.head, at_cut.prefix).eval()
+    targets: Any = [_column(c) for c in columns]
     cells = at_cut.cells.expand(len(columns), -1, -1, -1).clone().requires_grad_()
+    # The package annotates its targets as modules and documents them as callables.
     with METHODS[method](model=rest, target_layers=[rest.cells]) as cam:
-        maps: npt.NDArray[np.float32] = cam(input_tensor=cells, targets=[_column(c) for c in columns])
+        maps: npt.NDArray[np.float32] = cam(input_tensor=cells, targets=targets)
     return [_at_size(one, pixels.shape[0], pixels.shape[1]) for one in maps]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
@@ -70,7 +71,7 @@ def test_a_system_without_concepts_has_only_the_task_loss() -> None:
 
 def test_class_weights_are_scikit_learns_and_zero_for_an_absent_class() -> None:
     y = torch.tensor([0, 0, 0, 2, 2, 1])
-    theirs = compute_class_weight("balanced", classes=[0, 1, 2], y=y.numpy())
+    theirs = compute_class_weight("balanced", classes=np.arange(3), y=y.numpy())
     assert balanced_class_weights(y, 3).tolist() == pytest.approx(theirs.tolist())
     assert balanced_class_weights(y, 4)[3] == 0
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from annotation.alignment.adapt import _Ridge, cross_fit, fold_of, projections, text_projection
+from annotation.alignment.adapt import _Ridge, cross_fit, fold_of
+from annotation.alignment.projections import projections, text_projection
 from annotation.votes import Votes
 
 

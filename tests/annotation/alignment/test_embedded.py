@@ -7,10 +7,11 @@ import open_clip
 import pytest
 import torch
 
-from annotation.alignment.adapt import cross_fit, fold_of, projections
+from annotation.alignment.adapt import cross_fit, fold_of
 from annotation.alignment.dense import heatmaps
 from annotation.alignment.embedded import build_embedded, with_projections
-from annotation.alignment.nulls import NULL_PROMPTS, null_margin
+from annotation.alignment.nulls import NULL_PROMPTS
+from annotation.alignment.projections import projections
 from annotation.alignment.towers import Aligner, load_aligner
 from annotation.text import minilm_embedder
 from annotation.votes import Votes
@@ -78,11 +79,3 @@ def test_minilm_embeds_meaning_and_agrees_with_the_text_tower() -> None:
 
 def test_no_texts_are_no_rows() -> None:
     assert minilm_embedder()([]).shape == (0, 384)
-
-
-def test_null_margin_is_the_paired_effect_size() -> None:
-    rng = np.random.default_rng(0)
-    null = rng.standard_normal(1000)
-    assert null_margin(null + 2 + rng.standard_normal(1000), null) == pytest.approx(2, abs=0.15)
-    assert null_margin(null + 1, null) > 1e6
-    assert np.isnan(null_margin(null[:1], null[:1]))

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from annotation.alignment.towers import Aligner, load_aligner, require_faithful, tower_kind
+from annotation.alignment.kinds import tower_kind
+from annotation.alignment.towers import Aligner, load_aligner, require_faithful
 from data_contracts.errors import ConfigurationError
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

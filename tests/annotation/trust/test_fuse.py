@@ -186,6 +186,14 @@ def test_reliability_is_reported_per_witness_and_concept() -> None:
     assert table["specificity"].mean() == pytest.approx(0.75, abs=0.1)
 
 
+def test_what_people_said_of_images_not_learned_from_reaches_no_other_image() -> None:
+    def labelled(answer: str) -> pd.DataFrame:
+        expert = judged(np.full((100, 3), answer), "expert", "dr", IDS[300:])
+        return fuse(pd.concat([noisy_vlm(), expert]), scores(), PLAIN, learn_from=IDS[:300]).head(900)
+
+    pd.testing.assert_frame_equal(labelled("present"), labelled("absent"))
+
+
 def test_nothing_at_all_is_an_empty_table() -> None:
     labels = fuse(noisy_vlm().iloc[:0], None, PLAIN)
     assert len(labels) == 0
