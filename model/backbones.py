@@ -168,6 +168,7 @@ def _refuse_size(name: str, size_px: int, error: Exception) -> ConfigurationErro
 
 
 def hash_of_weights(module: nn.Module) -> str:
+    """Hex sha256 over names, shapes, types and bytes of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key}:{tuple(value.shape)}:{value.dtype}".encode())

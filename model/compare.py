@@ -10,12 +10,9 @@ import pandas as pd
 from data_contracts.dataset import AlignedDataset
 from data_contracts.ports import Advance, PixelReader, ignore_progress
 from data_contracts.tables import Split
-from model.backbones import build_backbone
 from model.config import TrainConfig
-from model.data import prepare
 from model.evaluate import evaluate
-from model.fit import fit
-from model.loop import resolve_device
+from model.fit import fit, prepare_for
 from model.systems.registry import SYSTEMS, system
 
 METRICS = (
@@ -48,19 +45,11 @@ def compare(
     raise `InputRefused` on an empty vocabulary, unknown names `ConfigurationError`, both before training.
     """
     chosen = [system(name) for name in systems]
-    backbone = build_backbone(config.backbone, size_px=config.image_size_px, pretrained=config.pretrained)
-    prepared = prepare(
-        dataset,
-        read,
-        backbone,
-        frozen=config.freeze_backbone,
-        cache_dir=cache_dir,
-        device=resolve_device(config.device),
-        advance=advance,
-    )
+    configs = [one.config(config) for one in chosen]
+    prepared, backbone = prepare_for(configs, dataset, read, cache_dir=cache_dir, advance=advance)
     rows = []
-    for one in chosen:
-        measured = evaluate(fit(prepared, backbone, one.config(config)), split).summary.set_index("metric")
+    for one, its_config in zip(chosen, configs, strict=True):
+        measured = evaluate(fit(prepared, backbone, its_config), split).summary.set_index("metric")
         row: dict[str, object] = {"system": one.name, "n_seeds": len(config.seeds)}
         for metric in METRICS:
             known = metric in measured.index

@@ -92,16 +92,17 @@ def prepare(
     frozen: bool,
     cache_dir: Path,
     device: torch.device,
+    n_threads: int = 2,
     advance: Advance = ignore_progress,
 ) -> Prepared:
     """The data set without its unreadable images, with cached features (`frozen`) or images to go with it."""
     if not frozen:
-        rejected = _unreadable(dataset.image_ids, read, backbone, advance)
+        rejected = _unreadable(dataset.image_ids, read, backbone, n_threads, advance)
         usable = _without(dataset, rejected)
-        return Prepared(usable, ImageInputs(usable.image_ids, read, backbone), rejected, 0)
+        return Prepared(usable, ImageInputs(usable.image_ids, read, backbone, n_threads), rejected, 0)
     store = FeatureStore(cache_dir / f"features-{backbone.key[:16]}", backbone.n_features)
     n_reused = sum(image_id in store for image_id in dataset.image_ids)
-    rejected = fill(store, dataset.image_ids, read, backbone, device=device, advance=advance)
+    rejected = fill(store, dataset.image_ids, read, backbone, device=device, n_threads=n_threads, advance=advance)
     usable = _without(dataset, rejected)
     inputs = FeatureInputs(store.rows(), store.positions(usable.image_ids))
     return Prepared(usable, inputs, rejected, n_reused)
@@ -114,6 +115,7 @@ def fill(
     backbone: Backbone,
     *,
     device: torch.device,
+    n_threads: int = 2,
     advance: Advance = ignore_progress,
 ) -> dict[str, RejectReason]:
     """Compute and store the features that are missing; returns the images that could not be read."""
@@ -122,7 +124,7 @@ def fill(
     rejected: dict[str, RejectReason] = {}
     module = backbone.module.to(device).eval()
     shards = (missing[start : start + _SHARD] for start in range(0, len(missing), _SHARD))
-    for ids, images, unreadable in prepared_batches(shards, read, backbone):
+    for ids, images, unreadable in prepared_batches(shards, read, backbone, n_threads):
         rejected |= unreadable
         if ids:
             with torch.inference_mode():
@@ -136,7 +138,7 @@ Batch = tuple[list[str], Tensor, dict[str, RejectReason]]
 
 
 def prepared_batches(
-    batches_of_ids: Iterable[Sequence[str]], read: PixelReader, backbone: Backbone, n_threads: int = 2
+    batches_of_ids: Iterable[Sequence[str]], read: PixelReader, backbone: Backbone, n_threads: int
 ) -> Iterator[Batch]:
     """(ids read, (n, 3, S, S) images, ids rejected) of each batch; each thread decodes one batch ahead."""
     with ThreadPoolExecutor(n_threads) as pool:
@@ -168,11 +170,13 @@ def _load(ids: Sequence[str], read: PixelReader, backbone: Backbone) -> Batch:
     return [i for i in ids if i in images], stacked, rejected
 
 
-def _unreadable(ids: Sequence[str], read: PixelReader, backbone: Backbone, advance: Advance) -> dict[str, RejectReason]:
+def _unreadable(
+    ids: Sequence[str], read: PixelReader, backbone: Backbone, n_threads: int, advance: Advance
+) -> dict[str, RejectReason]:
     """Every image is read once before hours of training depend on it."""
     rejected: dict[str, RejectReason] = {}
     shards = (ids[start : start + _SHARD] for start in range(0, len(ids), _SHARD))
-    for found, _images, unreadable in prepared_batches(shards, read, backbone):
+    for found, _images, unreadable in prepared_batches(shards, read, backbone, n_threads):
         rejected |= unreadable
         advance(len(found) + len(unreadable))
     return rejected

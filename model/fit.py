@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from data_contracts.tables import Split
 from model.backbones import Backbone, build_backbone
 from model.config import TrainConfig
 from model.data import Prepared, prepare
-from model.loop import Fitted, Loop, OnEpoch, resolve_device
+from model.loop import Fitted, Loop, OnEpoch, reproducible, resolve_device
 from model.network import Sizes
 from model.systems.registry import build_network
 
@@ -70,14 +71,39 @@ def train(
     left out with a warning. Raises `InputRefused` when fewer than two classes can be trained, and
     `ConfigurationError` when the backbone, the device or an empty vocabulary cannot be used.
     """
-    device = resolve_device(config.device)
-    backbone = build_backbone(config.backbone, size_px=config.image_size_px, pretrained=config.pretrained)
-    # Refuses what cannot be built before any image is read.
-    build_network(Sizes(backbone.n_features, len(dataset.vocabulary), len(dataset.class_names)), config)
-    prepared = prepare(
-        dataset, read, backbone, frozen=config.freeze_backbone, cache_dir=cache_dir, device=device, advance=advance
-    )
+    prepared, backbone = prepare_for([config], dataset, read, cache_dir=cache_dir, advance=advance)
     return fit(prepared, backbone, config, on_epoch=on_epoch)
+
+
+def prepare_for(
+    configs: Sequence[TrainConfig],
+    dataset: AlignedDataset,
+    read: PixelReader,
+    *,
+    cache_dir: Path,
+    advance: Advance = ignore_progress,
+) -> tuple[Prepared, Backbone]:
+    """Inputs and backbone that serve all these configurations, which differ in what follows the backbone only.
+
+    What cannot be built is refused here, before any image is read.
+    """
+    config = configs[0]
+    device = resolve_device(config.device)
+    with reproducible(config.seeds[0], device):
+        backbone = build_backbone(config.backbone, size_px=config.image_size_px, pretrained=config.pretrained)
+        for one in configs:
+            build_network(Sizes(backbone.n_features, len(dataset.vocabulary), len(dataset.class_names)), one)
+    prepared = prepare(
+        dataset,
+        read,
+        backbone,
+        frozen=config.freeze_backbone,
+        cache_dir=cache_dir,
+        device=device,
+        n_threads=config.decode_threads,
+        advance=advance,
+    )
+    return prepared, backbone
 
 
 def fit(prepared: Prepared, backbone: Backbone, config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> TrainedRun:

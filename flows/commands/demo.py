@@ -68,7 +68,7 @@ def _say_truth(run: RunFolder, truth_csv: Path, console: Console) -> None:
     known = table.dropna(subset=["kappa"])
     console.say("\nagreement of labels with the known truth (Cohen's kappa; synthetic images):")
     for row in known.itertuples():
-        console.say(f"  {row.concept:<28} {row.kappa:5.2f}   n {row.n}, abstained {row.abstained_fraction:.0%}")
+        console.say(f"  {row.concept:<28} {row.kappa:5.2f}   n {row.n:.0f}, abstained {row.abstained_fraction:.0%}")
     unknown = table[table["kappa"].isna()]["concept"].tolist()
     if unknown:
         console.say(f"  without a known truth: {', '.join(unknown)}")

@@ -67,7 +67,7 @@ def rule_text(class_name: str, literals: list[tuple[str, bool]]) -> str:
 
 
 def literals_of(outputs: Outputs, classes: Ints) -> Literals:
-    """Literals of each image's rule for the class (N,) asked of it; raises `InputRefused` if the system has no rules."""
+    """Literals of each image's rule for the class (N,) asked of it; raises `InputRefused` for want of rules."""
     if not outputs.has_rules:
         raise InputRefused("rules: expected a system with a logic layer, got one without; there is no rule to read.")
     asked = classes[:, None, None]

@@ -93,7 +93,7 @@ def trained(squares: Squares, cache_dir: Path) -> dict[str, TrainedRun]:
         logic: train(
             squares.dataset(),
             squares,
-            TrainConfig(logic=logic, epochs=15, seeds=(0, 1), image_size_px=64, temperature=1.0, lambda_concept=1.0),
+            TrainConfig(logic=logic, epochs=30, seeds=(0, 1), image_size_px=64, lambda_neural=1.0),
             cache_dir=cache_dir,
         )
         for logic in logics

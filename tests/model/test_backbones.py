@@ -63,4 +63,4 @@ def test_weights_that_cannot_be_had_are_refused_with_a_remedy(monkeypatch: pytes
 
 def test_an_image_size_a_transformer_cannot_take_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="image_size_px"):
-        build_backbone("vit_tiny_patch16_224", size_px=50, pretrained=False)
+        build_backbone("xcit_nano_12_p16_224", size_px=50, pretrained=False)
