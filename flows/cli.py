@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None) -> int:
     try:
         result = app(args=arguments, standalone_mode=False)
+        if result == ExitCode.INTERRUPTED:
+            # typer turns an interrupt into a result; people still want to hear that nothing is lost.
+            return _close(*_explained(KeyboardInterrupt()))
         return _close(int(result) if isinstance(result, int) else ExitCode.DONE)
     except typer.Exit as stop:
         return _close(stop.exit_code)

@@ -41,7 +41,7 @@ def demo(
     console = open_console(quiet=quiet, as_json=as_json)
     images = folder / "phantoms" / "images"
     _generate(images.parent, n_images, seed, console)
-    run = RunFolder(folder / "run")
+    run = RunFolder(folder / "phantom-run")
     settings = resolve(None, {"source.modality": _MODALITY}, run.read_manifest().config if run.exists else None)
     run_source(images, run, settings, console, yes=False, synthetic=True)
     _say_truth(run, images.parent / "truth.csv", console)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,57 @@ def _wait_for(done: Callable[[], bool], *, limit_s: float) -> None:
     while not done():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def own_concepts(tmp_path: Path) -> Path:
+    path = tmp_path / "concepts.csv"
+    path.write_text("name,definition\nreddish colour,Red covers most of the lesion.\nlarge lesion,It is large.\n")
+    return path
+
+
+def test_a_cap_stops_the_run_and_the_same_command_goes_on(
+    finished: Finished, medmicn: Medmicn, tmp_path: Path, own_concepts: Path
+) -> None:
+    command = ("annotate", finished.source, "--run", tmp_path / "run", "--concepts", own_concepts)
+    stopped = medmicn(*command, "--max-requests", 50)
+    assert stopped.exit_code == 4
+    assert "cap of 50 requests" in stopped.outcome["error"]
+    ended = medmicn(*command, "--max-requests", 50)
+    assert ended.exit_code == 0, ended.messages
+    counts = ended.outcome["steps"]["judge"]["counts"]
+    assert counts["requests"] == N_IMAGES - 50
+
+
+def test_an_endpoint_that_is_down_is_said_with_its_address(
+    finished: Finished, medmicn: Medmicn, tmp_path: Path, own_concepts: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    ended = medmicn(
+        *("annotate", finished.source, "--run", tmp_path / "run", "--concepts", own_concepts),
+        *("--base-url", address, "--model", "some-vlm", "--set", "vlm.max_retries=0"),
+    )
+    assert ended.exit_code == 5
+    assert address in ended.outcome["error"]
+
+
+def test_an_interrupted_run_says_that_nothing_is_lost(finished: Finished, own_concepts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "flows.cli", "annotate", str(finished.source), "--run", str(run)),
+        *("--concepts", str(own_concepts)),
+    ]
+    process = subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: _n_journal_lines(run) >= 5, limit_s=100)
+        process.send_signal(signal.SIGINT)
+        _, messages = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "nothing is lost" in messages
 
 
 # ---- people correct ------------------------------------------------------------------------------------------
