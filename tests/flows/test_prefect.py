@@ -11,7 +11,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Failed
 
+from data_contracts.errors import BudgetReached, ConfigurationError, EndpointError, StorageError
 from tests.flows.conftest import Ended, Finished, environment
 
 Medmicn = Callable[..., Ended]
@@ -107,3 +110,21 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (StorageError("the disk is full"), True),
+        (OSError("connection reset"), True),
+        (RuntimeError("unexpected"), True),
+        (EndpointError("wrong key"), False),
+        (BudgetReached("the cap is reached"), False),
+        (ConfigurationError("no such device"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error: Exception, expected: bool) -> None:
+    from flows.annotate_then_train import run_shard, worth_retrying
+
+    run = TaskRun(task_key="shard", dynamic_key="0")
+    assert worth_retrying(run_shard, run, Failed(data=error)) is expected

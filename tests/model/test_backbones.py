@@ -23,7 +23,7 @@ def test_the_embedded_features_are_the_ones_its_own_classifier_reads() -> None:
 
 def test_preprocessing_agrees_with_torchvision() -> None:
     backbone = build_backbone("embedded", size_px=48)
-    from PIL import Image  # noqa: PLC0415
+    from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3)).astype(np.uint8)
     resized = T.resize(Image.fromarray(pixels), [48, 48], InterpolationMode.BICUBIC)

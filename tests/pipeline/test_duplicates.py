@@ -104,7 +104,7 @@ def test_near_search_can_be_switched_off() -> None:
 
 
 def test_registration_undoes_a_known_shift_and_stretch() -> None:
-    from scipy.ndimage import map_coordinates  # noqa: PLC0415
+    from scipy.ndimage import map_coordinates
 
     image = gaussian_filter(np.random.default_rng(0).normal(size=(32, 32)), 2)
     y, x = np.mgrid[0:32, 0:32].astype(float)
