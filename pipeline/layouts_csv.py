@@ -30,6 +30,10 @@ ANSWER_SHEETS = frozenset({"truth.csv"})
 
 def find(files: Files, text: str) -> tuple[str | None, RejectReason | None, str | None]:
     """The file that a CSV cell names: (its path, None, None), else (None, reason, detail)."""
+    # A file of exactly this name is meant, even where the name looks like a path to somewhere else (`A:\\x80`).
+    exact = next((spelling for spelling in (text, os_path(text)) if spelling in files.known), None)
+    if exact is not None:
+        return exact, None, None
     name, problem = _inside(files.root, text)
     if problem is not None:
         return None, RejectReason.OUTSIDE_SOURCE, problem

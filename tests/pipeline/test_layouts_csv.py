@@ -210,3 +210,11 @@ def test_useless_lists_are_refused_by_name(tmp_path: Path, text: str | bytes, me
     with pytest.raises(SourceRefused, match=message) as caught:
         listing(tmp_path, text)
     assert "labels.csv" in str(caught.value)
+
+
+def test_a_file_name_that_looks_like_a_drive_is_found(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"A:\x80.png")
+    path.write_bytes(PNG)
+    stream = io.StringIO()
+    csv.writer(stream).writerows([("path", "label"), (table_path(path.name), "a")])
+    assert only(listing(tmp_path, stream.getvalue())).rejected is None
