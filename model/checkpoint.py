@@ -25,8 +25,9 @@ from data_contracts.errors import CheckpointRefused, MedMicnError
 from data_contracts.files import sha256_of_file, write_bytes, write_text
 from model.backbones import Backbone, Preprocessing, build_backbone
 from model.config import EMBEDDED, TrainConfig
+from model.devices import resolve_device
 from model.fit import TrainedRun
-from model.loop import Fitted, resolve_device
+from model.loop import Fitted
 from model.network import Head, Sizes
 from model.predict import Classifier
 from model.systems.registry import build_network

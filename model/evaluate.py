@@ -13,8 +13,9 @@ from data_contracts.dataset import AlignedDataset
 from data_contracts.tables import Split
 from model import metrics as m
 from model.data import Rows
+from model.devices import resolve_device
 from model.fit import TrainedRun
-from model.loop import Fitted, resolve_device
+from model.loop import Fitted
 from model.network import ImageNetwork
 from model.outputs import Outputs, collect
 

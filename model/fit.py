@@ -18,7 +18,8 @@ from data_contracts.tables import Split
 from model.backbones import Backbone, build_backbone
 from model.config import TrainConfig
 from model.data import Prepared, prepare
-from model.loop import Fitted, Loop, OnEpoch, reproducible, resolve_device
+from model.devices import reproducible, resolve_device
+from model.loop import Fitted, Loop, OnEpoch
 from model.network import Sizes
 from model.systems.registry import build_network
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from data_contracts.errors import ConfigurationError
 from data_contracts.tables import Split
 from model.backbones import Backbone
 from model.config import TrainConfig
 from model.data import Prepared, Rows, in_batches
+from model.devices import few_threads, reproducible, resolve_device
 from model.losses import Losses, LossWeights, Targets, balanced_class_weights, losses
 from model.metrics import confusion_matrix, mean_defined, per_class
 from model.network import Head, ImageNetwork, NetworkOutput, Sizes
@@ -79,7 +79,13 @@ class Loop:
         """The trained network, at its best validation epoch."""
         with reproducible(self.seed, self.device):
             self._build()
-            return self._train(on_epoch)
+            with few_threads(self._operations_per_step()):
+                return self._train(on_epoch)
+
+    def _operations_per_step(self) -> float:
+        if not self.config.freeze_backbone:
+            return math.inf
+        return float(self.config.batch_size * sum(p.numel() for p in self.head.parameters()))
 
     def _build(self) -> None:
         sizes = Sizes(self.backbone.n_features, len(self.dataset.vocabulary), len(self.dataset.class_names))
@@ -191,39 +197,10 @@ class Loop:
         n, total, squares = 0, torch.zeros(1), torch.zeros(1)
         for inputs in self.inputs.batches(in_batches(rows, 32)):
             features = inputs if self.config.freeze_backbone else self.backbone.module(inputs.to(self.device))
-            features = features.double().cpu()
+            features = features.cpu().double()
             n, total, squares = n + len(features), total + features.sum(0), squares + features.square().sum(0)
         mean = total / n
         self.head.standardise.fit(mean.float(), (squares / n - mean.square()).clamp(min=0).float())
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of that name; `auto` is a GPU if there is one. Raises `ConfigurationError`."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(
-            f"device: {name!r} cannot be used ({reason}).", remedy="Use device = 'auto' or 'cpu'."
-        ) from error
-    return device
-
-
-@contextmanager
-def reproducible(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch draws from `seed` and chooses deterministic kernels; outside, nothing has changed."""
-    cudnn = torch.backends.cudnn
-    before = (cudnn.deterministic, cudnn.benchmark)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        cudnn.deterministic, cudnn.benchmark = True, False
-        try:
-            yield
-        finally:
-            cudnn.deterministic, cudnn.benchmark = before
 
 
 def _half_precision(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -13,9 +13,10 @@ from data_contracts.concepts import Vocabulary
 from data_contracts.ports import Pixels
 from model.backbones import Backbone
 from model.config import TrainConfig
+from model.devices import resolve_device
 from model.explain.rules import image_rule_holds, image_terms, literals_of, rule_text
 from model.fit import TrainedRun
-from model.loop import Fitted, resolve_device
+from model.loop import Fitted
 from model.network import Head, ImageNetwork
 from model.outputs import Outputs, as_arrays
 

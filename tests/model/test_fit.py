@@ -16,9 +16,9 @@ from data_contracts.errors import ConfigurationError, InputRefused
 from model.backbones import hash_of_weights
 from model.compare import compare
 from model.config import TrainConfig
+from model.devices import resolve_device
 from model.evaluate import evaluate, metrics_json, outputs_of
 from model.fit import TrainedRun, train
-from model.loop import resolve_device
 
 FAST = TrainConfig(epochs=4, seeds=(0,), image_size_px=64)
 
@@ -253,3 +253,25 @@ def test_a_device_that_is_not_there_is_refused_with_a_remedy() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigurationError, match="auto"):
         resolve_device("cuda")
+
+
+def test_training_leaves_the_callers_threads_as_they_were(squares, cache_dir: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[int] = []
+
+    def heard(_seed: int, _row: dict[str, float]) -> None:
+        seen.append(torch.get_num_threads())
+
+    try:
+        train(
+            squares.dataset(),
+            squares,
+            FAST,
+            cache_dir=cache_dir,
+            on_epoch=lambda *_: seen.append(torch.get_num_threads()),
+        )
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
