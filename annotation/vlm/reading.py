@@ -11,7 +11,9 @@ from annotation.vlm.attributes import Attribute
 from annotation.vlm.catalogue import ATTRIBUTES
 from annotation.vlm.measure import Measurements
 
-_NEGATION = re.compile(r"\b(no|not|without|absence of|absent|lack of|lacks|lacking|free of|non|nil|none|low|little|few)\b")
+_NEGATION = re.compile(
+    r"\b(no|not|without|absence of|absent|lack of|lacks|lacking|free of|non|nil|none|low|little|few)\b"
+)
 
 
 @dataclass(frozen=True)
