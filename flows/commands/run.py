@@ -280,9 +280,7 @@ def _headline(run: RunFolder) -> list[str]:
 
     shown = {"accuracy": "accuracy", "macro_f1": "macro F1", "auroc": "AUROC", "concept_auroc": "concept AUROC"}
     rows = {row["metric"]: row for row in metric_table(run)}
-    parts = [
-        f"{label} {rows[name]['mean']:.3f} ± {rows[name]['sd']:.3f}" for name, label in shown.items() if name in rows
-    ]
+    parts = [f"{label} {_spread(rows[name])}" for name, label in shown.items() if name in rows]
     return ["test:    " + ", ".join(parts)] if parts else []
 
 
