@@ -20,8 +20,10 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
 from annotation.judge import judge
+from annotation.prompts import Framing
 from annotation.vlm.client import VlmClient
 from annotation.vlm.journal import Journal
+from annotation.vlm.questions import questions_of
 from annotation.vlm.settings import VlmSettings
 from data_contracts.tables import State, vocabulary_of
 from pipeline.decode import read_pixels
@@ -35,7 +37,8 @@ async def judged(paths: list[str], root: Path, sheet: Path) -> pd.DataFrame:
     vocabulary = vocabulary_of(given_concepts(sheet))
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
         async with VlmClient(VlmSettings(), None, journal) as client:
-            found = await judge(paths, vocabulary, lambda p: read_pixels(root / p), client, "blood smear microscopy")
+            framing = Framing("blood smear microscopy")
+            found = await judge(paths, questions_of(vocabulary), lambda p: read_pixels(root / p), client, framing)
     return found.judgements
 
 

@@ -11,8 +11,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
+from typing import Any
 
 from data_contracts.errors import ContractViolation, VocabularyMismatch
 
@@ -39,11 +40,15 @@ class Concept:
     """One sentence that says what to look for."""
     group: str | None = None
     """Name of the attribute of which exactly one value holds, such as `nucleus shape`."""
+    synonyms: tuple[str, ...] = ()
+    """Other words for the same thing."""
+    contrast: str = ""
+    """What it must not be confused with, such as `a fold of the skin`."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The kept concepts in their order; frozen, and hashed over ids, names, definitions and groups."""
+    """The kept concepts in their order; frozen, and hashed over all that is said of them."""
 
     concepts: tuple[Concept, ...] = field(default_factory=tuple)
 
@@ -95,10 +100,8 @@ class Vocabulary:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of ids, names, definitions and groups, in order (hex)."""
-        canonical = json.dumps(
-            [[c.concept_id, c.name, c.definition, c.group] for c in self.concepts], ensure_ascii=False
-        )
+        """Hash of all that is said of every concept, in order (hex)."""
+        canonical = json.dumps([astuple(c) for c in self.concepts], ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def position(self, concept_id: str) -> int:
@@ -125,9 +128,7 @@ class Vocabulary:
 
     def to_json(self) -> str:
         """The vocabulary as readable JSON, with its hash."""
-        rows = [
-            {"concept_id": c.concept_id, "name": c.name, "definition": c.definition, "group": c.group} for c in self
-        ]
+        rows = [asdict(c) for c in self]
         return json.dumps({"sha256": self.sha256, "concepts": rows}, indent=2, ensure_ascii=False)
 
     @classmethod
@@ -135,7 +136,7 @@ class Vocabulary:
         """Read what `to_json` wrote; raises `ContractViolation` if malformed or its hash does not hold."""
         try:
             content = json.loads(text)
-            vocabulary = cls.of(Concept(**row) for row in content["concepts"])
+            vocabulary = cls.of(_concept(row) for row in content["concepts"])
             stored = str(content["sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise ContractViolation(where, [f"expected a vocabulary as JSON, got: {error}"]) from error
@@ -146,3 +147,8 @@ class Vocabulary:
     def of(cls, concepts: Iterable[Concept]) -> Vocabulary:
         """A vocabulary of the given concepts, in the given order."""
         return cls(tuple(concepts))
+
+
+def _concept(row: dict[str, Any]) -> Concept:
+    row["synonyms"] = tuple(row["synonyms"])
+    return Concept(**row)

@@ -2,6 +2,7 @@
 
 MedMicnError
 ├── ConfigurationError        exit 2   a flag, a key of the TOML file or the environment is wrong
+│   └── OtherMachineRefused            offline, and another machine was asked for (`flows.offline`; an OSError too)
 ├── InputRefused              exit 3   what was given cannot be used
 │   ├── SourceRefused                  the SOURCE as a whole (empty folder, one class, contradictory CSV)
 │   ├── ImageRejected                  one image; carries a `RejectReason`, never stops a run

@@ -70,6 +70,8 @@ class RunManifest(BaseModel):
     steps: dict[str, StepRecord] = Field(default_factory=dict)
     warnings: dict[str, list[str]] = Field(default_factory=dict)
     """Warnings by step; a step that runs again replaces its own."""
+    endpoints: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What a probe found that each vision-language endpoint can do, by `MODEL at BASE_URL`."""
 
     @classmethod
     def new(cls, name: str, source: str) -> RunManifest:

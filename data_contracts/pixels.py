@@ -21,9 +21,16 @@ def shrink(pixels: Pixels, side_px: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def encode(pixels: Pixels, side_px: int, image_format: Literal["PNG", "JPEG"] = "PNG") -> bytes:
-    """(H, W, 3) uint8 pixels as a new PNG or JPEG of at most `side_px`, without any metadata."""
+def encode(
+    pixels: Pixels, side_px: int, image_format: Literal["PNG", "JPEG"] = "PNG", *, jpeg_quality: int = 90
+) -> bytes:
+    """(H, W, 3) uint8 pixels as a new PNG or JPEG of at most `side_px`, without any metadata.
+
+    From a JPEG quality of 95 on, colours keep their full resolution.
+    """
     stream = io.BytesIO()
-    options = {"quality": 90} if image_format == "JPEG" else {"compress_level": 3}
+    subsampling = 0 if jpeg_quality >= 95 else 2
+    jpeg = {"quality": jpeg_quality, "subsampling": subsampling}
+    options = jpeg if image_format == "JPEG" else {"compress_level": 3}
     Image.fromarray(shrink(pixels, side_px)).save(stream, format=image_format, **options)
     return stream.getvalue()

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -183,7 +183,8 @@ class RunFolder:
         concepts = to_pandas(CONCEPTS.to_arrow(concepts, str(self.table_path(CONCEPTS))))
         vocabulary_of(concepts)
         self._write(CONCEPTS, concepts)
-        mirror = concepts.assign(proposed_for=concepts["proposed_for"].map("; ".join))
+        lists = ("proposed_for", "synonyms", "provenance")
+        mirror = concepts.assign(**{name: concepts[name].map(_in_one_cell) for name in lists})
         write_csv(self.path / "concepts.csv", mirror)
 
     def vocabulary(self) -> Vocabulary:
@@ -241,6 +242,11 @@ class RunFolder:
         path = self.judgements_dir / f"part-{number:06d}-{uuid.uuid4().hex[:8]}.parquet"
         _write_table(path, JUDGEMENTS.to_arrow(judgements, str(path)))
         return path
+
+    def iterate_judgements(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of the ledger part by part, in the order of writing, so that it need not fit in memory."""
+        for path in sorted(self.judgements_dir.glob("part-*.parquet")):
+            yield _read_table(path, JUDGEMENTS, columns)
 
     def read_judgements(self) -> pd.DataFrame:
         """The whole ledger in the order it was written; empty where nothing was judged yet."""
@@ -319,6 +325,10 @@ class RunFolder:
     ) -> None:
         path = self.table_path(contract)
         _write_table(path, contract.to_arrow(data, str(path), metadata))
+
+
+def _in_one_cell(values: Any) -> str:
+    return "; ".join(values) if hasattr(values, "__len__") else ""
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

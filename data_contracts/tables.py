@@ -7,9 +7,10 @@ fault in one pass. Extra columns pass through untouched: the named ones are fixe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -40,6 +41,21 @@ class Witness(StrEnum):
     ALIGNMENT = "alignment"
     EXPERT = "expert"
     GIVEN = "given"
+
+
+class ProbabilitySource(StrEnum):
+    """How the probability of a judgement came about. Numbers of different sources are not on one scale."""
+
+    STATED = "stated"
+    """The model wrote the number down."""
+    SAMPLES = "samples"
+    """Share of several sampled answers."""
+    LOGPROBS = "logprobs"
+    """Yes against no among the log-probabilities of the answer's token."""
+    MEASURED = "measured"
+    """Distance of a measured quantity to its cut (embedded model)."""
+    EXCLUDED = "excluded"
+    """Left over by the stated probability of another value of the same exclusive group."""
 
 
 class Split(StrEnum):
@@ -224,6 +240,9 @@ def _cast(table: pa.Table, column: Column) -> pa.ChunkedArray | pa.Array:
     values = table.column(column.name)
     if _same_type(values.type, column.type):
         return values
+    if values.null_count == len(values):
+        # A column without any value has whatever type pandas happened to give it.
+        return pa.nulls(len(values), column.type)
     return values.cast(column.type)
 
 
@@ -283,7 +302,7 @@ IMAGES = Contract(
 
 CONCEPTS = Contract(
     "concepts",
-    1,
+    2,
     (
         _text("concept_id"),
         _text("name"),
@@ -296,13 +315,17 @@ CONCEPTS = Contract(
         _text("nearest", nullable=True),
         Column("similarity", pa.float64(), nullable=True),
         Column("position", pa.int64(), nullable=True),
+        Column("synonyms", pa.list_(pa.string()), nullable=True),
+        _text("contrast", nullable=True),
+        # Which questions and wordings it came from, for people.
+        Column("provenance", pa.list_(pa.string()), nullable=True),
     ),
     key=("concept_id",),
 )
 
 JUDGEMENTS = Contract(
     "judgements",
-    1,
+    2,
     (
         _text("image_id"),
         _text("concept_id"),
@@ -315,6 +338,7 @@ JUDGEMENTS = Contract(
         _text("request_id", nullable=True),
         Column("created_at", pa.timestamp("us", tz="UTC")),
         _text("supersedes", nullable=True),
+        _text("probability_source", nullable=True, values=ProbabilitySource),
     ),
     key=(),
 )
@@ -371,7 +395,16 @@ def dataset_contract(n_concepts: int) -> Contract:
 def vocabulary_of(concepts: pd.DataFrame) -> Vocabulary:
     """The kept concepts of a `concepts` table, ordered by `position`."""
     kept = concepts[concepts["status"] == ConceptStatus.KEPT].sort_values("position", kind="stable")
-    return Vocabulary.of(
-        Concept(row.concept_id, row.name_, row.definition, None if pd.isna(row.group) else row.group)
-        for row in kept.rename(columns={"name": "name_"}).itertuples(index=False)
+    return Vocabulary.of(_concept(row) for row in kept.to_dict("records"))
+
+
+def _concept(row: Mapping[Hashable, Any]) -> Concept:
+    return Concept(
+        row["concept_id"],
+        row["name"],
+        row["definition"],
+        None if pd.isna(row["group"]) else row["group"],
+        # A null list is None or NaN, depending on its neighbours; only lists have a length.
+        tuple(row["synonyms"]) if hasattr(row.get("synonyms"), "__len__") else (),
+        "" if pd.isna(row.get("contrast")) else row["contrast"],
     )

@@ -33,7 +33,8 @@ from data_contracts.errors import ConfigurationError, EndpointError, MedMicnErro
 from data_contracts.store import RunFolder  # noqa: E402
 from flows import console as consoles  # noqa: E402
 from flows import summary  # noqa: E402
-from flows.chain import Context, Shard, ShardWork, Step, StepReport, execute  # noqa: E402
+from flows.chain import SHARDS_AT_ONCE, Context, Shard, ShardWork, Step, StepReport, execute  # noqa: E402
+from flows.offline import enforce  # noqa: E402
 from flows.settings import Settings, resolve  # noqa: E402
 from flows.steps import STEPS, begin, chain_for  # noqa: E402
 
@@ -43,8 +44,8 @@ _RETRY_DELAYS_S: list[float] = [5.0, 30.0, 120.0]
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Whether a failed task may succeed later: storage and endpoint trouble may pass, a refusal will not."""
     error = state.result(raise_on_failure=False)
-    if isinstance(error, EndpointError):
-        # The client has retried what can pass by itself; a wrong key or model stays wrong.
+    if isinstance(error, EndpointError | ConfigurationError):
+        # The client has retried what can pass by itself; a wrong key, model or address stays wrong.
         return False
     return isinstance(error, StepFailed | OSError) or not isinstance(error, MedMicnError)
 
@@ -82,7 +83,7 @@ def annotate_then_train(
         config: resolved settings, as `Settings.model_dump(mode="json")`.
         last_step: stop after this step; None: all steps that the source allows.
     """
-    settings = resolve(None, stored=config)
+    settings = enforce(resolve(None, stored=config))
     context = Context(begin(Path(source), RunFolder(run), settings), settings, consoles.shared())
     reports = _run_chain(context, last_step)
     _publish(context)
@@ -165,14 +166,13 @@ def _publish(context: Context) -> None:
 
 
 def _context(run: str, config: dict[str, Any]) -> Context:
-    return Context(RunFolder(run), resolve(None, stored=config), consoles.shared())
+    return Context(RunFolder(run), enforce(resolve(None, stored=config)), consoles.shared())
 
 
 def _task_runner(settings: Settings) -> TaskRunner[Any]:
     name = settings.flow.task_runner
     if name == "threads":
-        # One shard at a time: requests inside a shard are concurrent already, and rates hold per process.
-        return ThreadPoolTaskRunner(max_workers=1)
+        return ThreadPoolTaskRunner(max_workers=SHARDS_AT_ONCE)
     module, runner = {"dask": ("prefect_dask", "DaskTaskRunner"), "ray": ("prefect_ray", "RayTaskRunner")}[name]
     try:
         return getattr(importlib.import_module(module), runner)()

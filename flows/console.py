@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_contracts.ports import Advance
+from data_contracts.ports import Advance, ignore_progress
 
 _PLAIN_INTERVAL_S = 15.0
 """Seconds between progress lines where no terminal can draw a bar."""
@@ -22,7 +22,8 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self._expected: dict[str, tuple[int, int]] = {}
+        self._bars: dict[str, _Bar] = {}
+        self._lock = threading.Lock()
 
     def say(self, text: str = "") -> None:
         """One line for information. Text is shown as it is: markup in names or answers has no effect."""
@@ -42,26 +43,26 @@ class Console:
         """One error line, shown even when quiet."""
         self._rich.print(f"error: {text}", markup=False, style="red")
 
-    def expect(self, title: str, total: int) -> None:
-        """The next bars of this title are parts of one piece of work with `total` items, one after the other."""
-        self._expected[title] = (0, total)
-
     @contextmanager
     def bar(self, title: str, total: int | None) -> Iterator[Advance]:
-        """A progress bar; the value is the `Advance` to call with the number of items just finished."""
-        done, total = self._expected.get(title, (0, total))
-        with self._display(title, total) as show:
-            lock = threading.Lock()
+        """A progress bar; the value is the `Advance` to call with the number of items just finished.
 
-            def advance(n_items: int) -> None:
-                nonlocal done
-                with lock:
-                    done += n_items
-                    show(done)
-
-            yield advance
-        if title in self._expected and total is not None:
-            self._expected[title] = (done, total)
+        A bar that is asked for while one of the same title is shown is that one: shards advance the bar of their step.
+        """
+        with self._lock:
+            shown = self._bars.get(title)
+            if shown is None:
+                shown = self._bars[title] = _Bar(ExitStack())
+                shown.show = shown.stack.enter_context(self._display(title, total))
+            shown.n_users += 1
+        try:
+            yield shown.advance
+        finally:
+            with self._lock:
+                shown.n_users -= 1
+                if not shown.n_users:
+                    del self._bars[title]
+                    shown.stack.close()
 
     @contextmanager
     def _display(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -97,6 +98,22 @@ class Console:
                 self.say(f"  {title}: {done}" + (f" of {total}" if total else ""))
 
         return show
+
+
+class _Bar:
+    """One bar on the screen, advanced by one or several pieces of work."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+        self.show: Callable[[int], None] = ignore_progress
+        self.n_users = 0
+        self._n_done = 0
+        self._lock = threading.Lock()
+
+    def advance(self, n_items: int) -> None:
+        with self._lock:
+            self._n_done += n_items
+            self.show(self._n_done)
 
 
 _shared = Console()

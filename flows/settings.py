@@ -7,6 +7,7 @@ configuration holds the *name* of the variable.
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -20,6 +21,12 @@ from data_contracts.errors import ConfigurationError
 from model.config import TrainConfig
 
 CONFIG_FILE = "medmicn.toml"
+
+_OF_ONE_ENDPOINT = {
+    *("model", "api_key_env", "azure_api_version", "output_limit_field"),
+    *("input_usd_per_million_tokens", "output_usd_per_million_tokens"),
+}
+_OF_ONE_COMMAND = {"max_cost_usd", "max_requests"}
 
 
 class _Section(BaseModel):
@@ -66,15 +73,54 @@ class ConceptSettings(_Section):
     """A concept below this similarity on every image is dropped; depends on the aligner, none: no such filter."""
     proposed_per_class: int = Field(8, ge=1)
     """Concepts that are asked for per class."""
+    rounds: int = Field(1, ge=1)
+    """Times each class is asked about, every time with other sampled images."""
+    contrast_pairs: int | None = Field(None, ge=0)
+    """Most pairs of classes that are asked what tells one from the other; none: all pairs of up to six classes, of more
+    classes so many that each is in at least two; 0: no such question."""
+    proposed_per_pair: int = Field(4, ge=1)
+    """Concepts that are asked for per pair of classes."""
+    max_images_per_request: int = Field(60, ge=2)
+    """Most images in one question for concepts."""
+    merge_cosine: float = Field(0.90, ge=-1, le=1)
+    """Names closer than this become one concept with its wordings as synonyms, unless they hold opposite words."""
     seed: int = 0
     """Seed of the sampled images."""
 
 
-class CredentialSettings(VlmSettings):
+class EndpointSettings(VlmSettings):
     """`VlmSettings` and the name of the variable that holds the key."""
 
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never stored."""
+
+
+class VisionSettings(EndpointSettings):
+    """The model that proposes and judges, and further ones that judge beside it."""
+
+    also: tuple[EndpointSettings, ...] = ()
+    """Further models that judge every image as witnesses of their own: one [[vlm.also]] table each, keys as above."""
+
+    @model_validator(mode="after")
+    def _witnesses_differ(self) -> Self:
+        models = [endpoint.model for endpoint in self.endpoints]
+        if len(set(models)) < len(models):
+            raise ValueError(f"expected every model once, since answers are kept under its name; got {models}")
+        if any(e.max_cost_usd is not None or e.max_requests is not None for e in self.also):
+            raise ValueError("caps stand under [vlm] and hold for all models together, not under [[vlm.also]]")
+        return self
+
+    @property
+    def endpoints(self) -> tuple[EndpointSettings, ...]:
+        """All models that judge, the proposing one first."""
+        return (self, *self.also)
+
+
+class PrivacySettings(_Section):
+    """What may leave this machine."""
+
+    offline: bool = False
+    """Refuse every connection to another machine, whoever asks for it."""
 
 
 class AlignSettings(_Section):
@@ -131,12 +177,32 @@ class Settings(_Section):
 
     source: SourceSettings = Field(default_factory=SourceSettings)
     concepts: ConceptSettings = Field(default_factory=ConceptSettings)
-    vlm: CredentialSettings = Field(default_factory=CredentialSettings)
+    vlm: VisionSettings = Field(default_factory=VisionSettings)
     align: AlignSettings = Field(default_factory=AlignSettings)
     labels: LabelSettings = Field(default_factory=LabelSettings)
     train: TrainConfig = Field(default_factory=TrainConfig)
     explain: ExplainSettings = Field(default_factory=ExplainSettings)
     flow: FlowSettings = Field(default_factory=FlowSettings)
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings)
+
+    @model_validator(mode="after")
+    def _offline_means_here(self) -> Self:
+        for endpoint in self.vlm.endpoints if self.privacy.offline else ():
+            if not endpoint.is_loopback:
+                raise ValueError(
+                    f"privacy.offline allows no other machine, and vlm.base_url is {endpoint.base_url!r}; "
+                    "use a server on this machine, 'transformers' or 'embedded'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _caps_can_be_kept(self) -> Self:
+        capped = self.vlm.max_cost_usd is not None or self.vlm.max_requests is not None
+        if capped and self.flow.task_runner != "threads":
+            raise ValueError(
+                "caps hold within one process: use flow.task_runner = 'threads' with vlm.max_cost_usd or max_requests"
+            )
+        return self
 
 
 def resolve(
@@ -147,10 +213,11 @@ def resolve(
     Raises:
         ConfigurationError: the file is missing or no TOML, or a key or value is not accepted.
     """
-    content = _merged(dict(stored or {}), _read_toml(file))
+    given = _read_toml(file)
     for dotted, value in (flags or {}).items():
         section, _, key = dotted.partition(".")
-        content = _merged(content, {section: {key: value}})
+        given = _merged(given, {section: {key: value}})
+    content = _merged(_still_meant(dict(stored or {}), given), given)
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
@@ -158,6 +225,12 @@ def resolve(
             "; ".join(_fault(e["loc"], e["msg"], e.get("input")) for e in error.errors()),
             remedy="`medmicn config` lists every key with its meaning.",
         ) from error
+
+
+def remembered(settings: Settings) -> dict[str, Any]:
+    """What a run folder keeps of its settings: all but the caps, which hold for one command."""
+    content = settings.model_dump(mode="json")
+    return {**content, "vlm": {key: value for key, value in content["vlm"].items() if key not in _OF_ONE_COMMAND}}
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -171,12 +244,22 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return name.strip(), value
 
 
-def api_key(settings: Settings) -> SecretStr | None:
-    """The endpoint's key from the environment; None for the embedded endpoint or where none is set."""
-    if settings.vlm.is_embedded:
+def api_key(endpoint: EndpointSettings) -> SecretStr | None:
+    """An endpoint's key from the environment; None in this process or where none is set."""
+    if not endpoint.is_remote:
         return None
-    value = os.environ.get(settings.vlm.api_key_env)
+    value = os.environ.get(endpoint.api_key_env)
     return SecretStr(value) if value else None
+
+
+def proxy_for(endpoint: EndpointSettings) -> str | None:
+    """The proxy that the environment names for an endpoint, if any."""
+    from urllib.request import getproxies, proxy_bypass
+
+    if not endpoint.is_remote or endpoint.is_loopback or proxy_bypass(endpoint.host):
+        return None
+    proxies = getproxies()
+    return proxies.get(endpoint.base_url.partition("://")[0]) or proxies.get("all")
 
 
 def prefect_api_url() -> str | None:
@@ -196,8 +279,17 @@ def documentation() -> list[tuple[str, str, str]]:
         meanings = _meanings(model)
         for key, key_info in model.model_fields.items():
             default = key_info.get_default(call_default_factory=True)
-            rows.append((f"{section}.{key}", "none" if default is None else str(default), meanings.get(key, "")))
+            rows.append((f"{section}.{key}", _as_toml(default), meanings.get(key, "")))
     return rows
+
+
+def _as_toml(value: object) -> str:
+    """A default as it would stand in a TOML file, which has no word for nothing: that is `none` here."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return "none" if value is None else str(value).lower()
 
 
 def _meanings(model: type[BaseModel]) -> dict[str, str]:
@@ -219,6 +311,14 @@ def _meanings(model: type[BaseModel]) -> dict[str, str]:
                 assert isinstance(text.value, ast.Constant)
                 found[field.target.id] = " ".join(str(text.value.value).split())
     return found
+
+
+def _still_meant(stored: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was made with, without the model and the price of an endpoint that is no longer meant."""
+    vlm, new_url = stored.get("vlm", {}), given.get("vlm", {}).get("base_url")
+    if new_url is None or new_url == vlm.get("base_url", new_url):
+        return stored
+    return {**stored, "vlm": {key: value for key, value in vlm.items() if key not in _OF_ONE_ENDPOINT}}
 
 
 def _read_toml(file: Path | None) -> dict[str, Any]:
@@ -244,5 +344,6 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _fault(where: tuple[int | str, ...], message: str, value: object) -> str:
     name = ".".join(map(str, where)) or "configuration"
     # A nested table can hold anything; only plain values are worth repeating.
-    shown = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return f"{name}: {message[0].lower() + message[1:]}{shown}"
+    shown = f", got {value!r}" if isinstance(value, str | int | float | bool) and "got " not in message else ""
+    said = message.removeprefix("Value error, ")
+    return f"{name}: {said[0].lower() + said[1:]}{shown}."

@@ -1,140 +1,117 @@
-"""Hard caps and steady rates. Both hold across threads and event loops, so shards may share them."""
+"""Hard caps on requests and money. They hold across threads, event loops and several endpoints of one command."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
-from annotation.vlm.schema import Usage, VlmRequest
-from annotation.vlm.settings import VlmSettings
 from data_contracts.errors import BudgetReached
 
-_CHARACTERS_PER_TOKEN = 3.5
-_TOKENS_PER_IMAGE_TILE = 170
-_TOKENS_PER_IMAGE = 85
-_TILE_PX = 512
 _LOOK_AGAIN_S = 0.02
+_NO_OVERRUN_USD = 1e-9
+"""Reservations come and go in floating point; a billionth of a dollar is no overrun."""
 
 
-def text_tokens(n_characters: int) -> int:
-    """About how many tokens a text of so many characters has; a little high rather than low."""
-    return 1 + int(n_characters / _CHARACTERS_PER_TOKEN)
+@dataclass(frozen=True)
+class Spent:
+    """What a budget has seen so far."""
 
-
-def image_tokens(side_px: int) -> int:
-    """Tokens of one image as OpenAI counts them: a base, and so many for each tile of 512 px."""
-    n_tiles = (-(-side_px // _TILE_PX)) ** 2
-    return _TOKENS_PER_IMAGE + _TOKENS_PER_IMAGE_TILE * n_tiles
-
-
-def most_usage(request: VlmRequest, settings: VlmSettings) -> Usage:
-    """The tokens a request may be billed for: its input about as counted, its output at the limit it sets."""
-    n_images = sum(isinstance(part, bytes) for part in request.parts)
-    texts = [request.system, str(request.schema), *(part for part in request.parts if isinstance(part, str))]
-    n_input = text_tokens(sum(map(len, texts))) + n_images * image_tokens(settings.side_px)
-    return Usage(n_input, request.max_output_tokens)
+    n_requests: int
+    """Requests sent, repeated ones included."""
+    usd: float
+    """Money billed, as far as it is known."""
+    maybe_usd: float
+    """Part of it that is only possible: of requests whose answer was lost, counted at their highest price."""
 
 
 class Budget:
     """Requests and money of one command: what is spent and what is reserved together never pass the caps."""
 
-    def __init__(self, settings: VlmSettings) -> None:
-        """A budget with nothing spent yet."""
-        self.max_requests = settings.max_requests
-        self.max_cost_usd = settings.max_cost_usd
-        self.n_requests = 0
-        self.usage = Usage()
-        self._prices = settings.usd_per_token
+    def __init__(self, *, max_requests: int | None = None, max_cost_usd: float | None = None) -> None:
+        """A budget with nothing spent yet; None: no cap."""
+        self.max_requests = max_requests
+        self.max_cost_usd = max_cost_usd
+        self._n_requests = 0
+        self._usd = 0.0
+        self._maybe_usd = 0.0
         self._n_reserved = 0
         self._reserved_usd = 0.0
         self._lock = threading.Lock()
 
     @property
-    def spent_usd(self) -> float | None:
-        """Money spent so far; None where no price is known."""
-        return None if self._prices is None else self._usd(self.usage)
+    def spent(self) -> Spent:
+        """What was spent so far."""
+        with self._lock:
+            return Spent(self._n_requests, self._usd, self._maybe_usd)
 
-    async def reserve(self, most: Usage) -> None:
-        """Set `most` aside for one request, once others have settled; raises `BudgetReached` if it can never fit."""
-        while not self._try_reserve(most):
+    @property
+    def committed_usd(self) -> float:
+        """Spent and reserved money together: what never passes the cap."""
+        with self._lock:
+            return self._usd + self._reserved_usd
+
+    async def reserve(self, most_usd: float) -> None:
+        """Set the highest price of one request aside, once others have settled.
+
+        Raises `BudgetReached` if it can never fit.
+        """
+        while not self._try_reserve(1, most_usd):
             await asyncio.sleep(_LOOK_AGAIN_S)
 
-    def settle(self, most: Usage, actual: Usage | None) -> None:
-        """Replace a reservation by what was billed; None: nothing was answered, the request still counts."""
+    def reserve_many(self, n_requests: int, most_usd: float) -> None:
+        """Set a whole batch of requests aside; raises `BudgetReached` where it does not fit now."""
         with self._lock:
-            self._n_reserved -= 1
-            self._reserved_usd -= self._usd(most)
-            self.n_requests += 1
-            self.usage += actual or Usage()
+            reached = self._reached(n_requests, most_usd)
+            if reached is not None:
+                raise self._stop(reached)
+            self._take(n_requests, most_usd)
 
-    def release(self, most: Usage) -> None:
+    def settle(self, most_usd: float, billed_usd: float, *, is_lost: bool = False, n_requests: int = 1) -> None:
+        """Replace a reservation by what was billed; `is_lost`: it may have been, and no answer came."""
+        with self._lock:
+            self._take(-n_requests, -most_usd)
+            self._n_requests += n_requests
+            self._usd += billed_usd
+            self._maybe_usd += billed_usd if is_lost else 0.0
+
+    def release(self, most_usd: float, *, n_requests: int = 1) -> None:
         """Give a reservation back: the request was never sent."""
         with self._lock:
-            self._n_reserved -= 1
-            self._reserved_usd -= self._usd(most)
+            self._take(-n_requests, -most_usd)
 
-    def _try_reserve(self, most: Usage) -> bool:
+    def fits(self, n_requests: int, most_usd: float) -> bool:
+        """Whether so much more could be reserved now."""
         with self._lock:
-            reached = self._reached(most)
+            return self._reached(n_requests, most_usd) is None
+
+    def _try_reserve(self, n_requests: int, most_usd: float) -> bool:
+        with self._lock:
+            reached = self._reached(n_requests, most_usd)
             if reached is None:
-                self._n_reserved += 1
-                self._reserved_usd += self._usd(most)
+                self._take(n_requests, most_usd)
                 return True
             if self._n_reserved == 0:
-                raise BudgetReached(
-                    f"{reached}; {self.n_requests} requests were sent, and every answer is in the journal.",
-                    remedy="Give the same command again to go on for as much again, or raise the cap.",
-                )
+                raise self._stop(reached)
             return False
 
-    def _reached(self, most: Usage) -> str | None:
-        """The cap that one more request would pass, in words."""
-        if self.max_requests is not None and self.n_requests + self._n_reserved + 1 > self.max_requests:
+    def _take(self, n_requests: int, usd: float) -> None:
+        self._n_reserved += n_requests
+        self._reserved_usd += usd
+
+    def _reached(self, n_requests: int, most_usd: float) -> str | None:
+        """The cap that so many more requests would pass, in words."""
+        if self.max_requests is not None and self._n_requests + self._n_reserved + n_requests > self.max_requests:
             return f"The cap of {self.max_requests} requests is reached"
         if self.max_cost_usd is not None:
-            after_usd = self._usd(self.usage) + self._reserved_usd + self._usd(most)
-            # Reservations come and go in floating point; a billionth of a dollar is no overrun.
-            if after_usd > self.max_cost_usd + 1e-9:
+            after_usd = self._usd + self._reserved_usd + most_usd
+            if after_usd > self.max_cost_usd + _NO_OVERRUN_USD:
                 return f"The cap of {self.max_cost_usd:g} USD is reached"
         return None
 
-    def _usd(self, usage: Usage) -> float:
-        if self._prices is None:
-            return 0.0
-        return usage.input_tokens * self._prices[0] + usage.output_tokens * self._prices[1]
-
-
-class Pace:
-    """Evenly spaced requests: none leaves before the requests and tokens per minute allow it."""
-
-    def __init__(self, settings: VlmSettings) -> None:
-        """A pace whose first request may leave at once."""
-        self._s_per_request = 60.0 / settings.requests_per_minute if settings.requests_per_minute else 0.0
-        self._s_per_token = 60.0 / settings.tokens_per_minute if settings.tokens_per_minute else 0.0
-        self._free_at_s = 0.0
-        self._lock = threading.Lock()
-
-    async def wait(self, most: Usage) -> None:
-        """Return when a request of this size may leave."""
-        n_tokens = most.input_tokens + most.output_tokens
-        takes_s = max(self._s_per_request, self._s_per_token * n_tokens)
-        with self._lock:
-            now_s = time.monotonic()
-            leaves_at_s = max(now_s, self._free_at_s)
-            self._free_at_s = leaves_at_s + takes_s
-        if leaves_at_s > now_s:
-            await asyncio.sleep(leaves_at_s - now_s)
-
-
-@asynccontextmanager
-async def reserved(budget: Budget, most: Usage) -> AsyncGenerator[list[Usage]]:
-    """A reservation that is always settled: the body appends what was billed, if anything was."""
-    await budget.reserve(most)
-    billed: list[Usage] = []
-    try:
-        yield billed
-    finally:
-        budget.settle(most, billed[0] if billed else None)
+    def _stop(self, reached: str) -> BudgetReached:
+        spent = f"{self._n_requests} requests were sent" + (f" for {self._usd:.4f} USD" if self._usd else "")
+        return BudgetReached(
+            f"{reached}; {spent}, and every answer is in the journal.",
+            remedy="Give the same command again to go on for as much again, or raise the cap.",
+        )

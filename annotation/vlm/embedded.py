@@ -24,18 +24,21 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from annotation.prompts import CONCEPTS_MARK, MODALITY_MARK, OTHERS_MARK
+from annotation.prompts import CONCEPTS_MARK, MODALITY_MARK
+from annotation.proposal_prompts import OTHERS_MARK
 from annotation.vlm.attributes import nouns_of
-from annotation.vlm.budget import image_tokens, text_tokens
 from annotation.vlm.measure import Measurements, measure
+from annotation.vlm.questions import NONE_OF_THEM, UNCERTAIN_CHOICE
 from annotation.vlm.reading import reading_of
 from annotation.vlm.select import select_concepts
 from annotation.vlm.settings import EMBEDDED_MODEL, MEASUREMENT_VERSION
+from annotation.vlm.tokens import image_tokens, text_tokens
 from data_contracts.ports import Pixels
 
 _MAX_THREADS = 4
 _MAX_IMAGE_PIXELS = 16_000_000
 _SURE = 0.56
+_NOT_MEASURABLE = "not measurable here"
 
 
 class _BadRequest(ValueError):
@@ -116,7 +119,7 @@ def _decode(url: str) -> Pixels:
         if image.width * image.height > _MAX_IMAGE_PIXELS:
             raise _BadRequest("image too large")
         return np.asarray(image.convert("RGB"))
-    except (binascii.Error, OSError, SyntaxError) as error:
+    except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise _BadRequest("image could not be decoded") from error
 
 
@@ -131,17 +134,30 @@ def _answer(question: _Question) -> dict[str, Any]:
 def _judge(question: _Question) -> dict[str, Any]:
     listed = question.text.split(CONCEPTS_MARK, 1)[1]
     concepts, _ = json.JSONDecoder().raw_decode(listed.lstrip())
-    measured = measure(question.images[0])
-    return {c["id"]: _verdict(c["name"], c.get("definition") or "", measured) for c in concepts}
+    # Examples come first: the image in question is the last one.
+    measured = measure(question.images[-1])
+    return {c["id"]: _choice(c, measured) if "choice_of" in c else _verdict(c, measured) for c in concepts}
 
 
-def _verdict(name: str, definition: str, measured: Measurements) -> dict[str, Any]:
-    reading = reading_of(name, definition)
+def _verdict(concept: dict[str, Any], measured: Measurements) -> dict[str, Any]:
+    reading = reading_of(concept["name"], concept.get("definition") or "")
     probability = None if reading is None else reading.probability(measured)
     if reading is None or probability is None:
-        return {"state": "uncertain", "probability": 0.5, "evidence": "not measurable here"}
+        return {"state": "uncertain", "probability": 0.5, "evidence": _NOT_MEASURABLE}
     state = "present" if probability >= _SURE else "absent" if probability <= 1 - _SURE else "uncertain"
     return {"state": state, "probability": round(probability, 4), "evidence": reading.evidence(measured)}
+
+
+def _choice(question: dict[str, Any], measured: Measurements) -> dict[str, Any]:
+    """The likeliest measured value, if it stands out; with an unmeasurable value nothing can be excluded."""
+    verdicts = {c["id"]: _verdict(c, measured) for c in question["choice_of"]}
+    best = max(verdicts, key=lambda value: verdicts[value]["probability"])
+    if verdicts[best]["state"] == "present":
+        return {"choice": best} | {name: verdicts[best][name] for name in ("probability", "evidence")}
+    if all(v["state"] == "absent" for v in verdicts.values()):
+        sure = 1 - verdicts[best]["probability"]
+        return {"choice": NONE_OF_THEM, "probability": round(sure, 4), "evidence": verdicts[best]["evidence"]}
+    return {"choice": UNCERTAIN_CHOICE, "probability": 0.5, "evidence": _NOT_MEASURABLE}
 
 
 def _propose(question: _Question) -> dict[str, Any]:
@@ -157,7 +173,7 @@ def _propose(question: _Question) -> dict[str, Any]:
 
 def _completion(question: _Question, answer: str, limit: int | None) -> dict[str, Any]:
     n_images = len(question.images) + len(question.others)
-    n_input = text_tokens(len(question.text)) + n_images * image_tokens(512)
+    n_input = text_tokens(len(question.text)) + n_images * image_tokens(EMBEDDED_MODEL, 512, 512)
     n_output = text_tokens(len(answer))
     is_cut = limit is not None and n_output > limit
     return {

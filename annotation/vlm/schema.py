@@ -16,14 +16,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from data_contracts.tables import State
+from annotation.vlm.questions import UNCERTAIN_CHOICE, Question
+from data_contracts.tables import ProbabilitySource, State
 
 MAX_EVIDENCE_CHARACTERS = 160
 MAX_NAME_CHARACTERS = 120
 MAX_DEFINITION_CHARACTERS = 400
 MAX_PROPOSALS = 64
+MAX_SYNONYMS = 8
 
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL | re.IGNORECASE)
+_UNDECIDED = (0.4, 0.6)
 _ANSWERED_STATES = (State.PRESENT, State.ABSENT, State.UNCERTAIN)
 
 
@@ -37,7 +40,10 @@ class FaultCode(StrEnum):
     EMPTY_ANSWER = "empty_answer"
     REQUEST_REFUSED = "request_refused"
     SERVER_ERROR = "server_error"
+    CONNECTION_LOST = "connection_lost"
     TIMED_OUT = "timed_out"
+    NOT_ANSWERED = "not_answered"
+    """Nothing was wrong with the request; no answer is in the journal yet (batches)."""
 
 
 class AnswerFault(ValueError):
@@ -55,20 +61,25 @@ class VlmRequest:
     system: str
     parts: tuple[str | bytes, ...] = field(repr=False)
     schema_name: str
-    schema: Mapping[str, Any] = field(repr=False)
+    schema: Mapping[str, Any] | None = field(repr=False)
+    """JSON schema of the answer; None: one word is expected."""
     max_output_tokens: int
+    top_logprobs: int = 0
+    """How many log-probabilities per token are asked for; 0: none."""
+    sample: int = 0
+    """Which of several answers to the same question this is; added to the seed."""
 
     @property
     def prompt_sha256(self) -> str:
         """Hash of everything but the images: equal for all images asked the same question."""
         texts = [part for part in self.parts if isinstance(part, str)]
-        return _sha256([self.system, texts, self.schema_name, self.schema])
+        return sha256_of([self.system, texts, self.schema_name, self.schema, self.top_logprobs])
 
     def sha256(self, parameters: Mapping[str, Any]) -> str:
         """Hash of all that decides the answer: texts, image bytes, schema, and model `parameters`."""
         parts = [p if isinstance(p, str) else {"image": hashlib.sha256(p).hexdigest()} for p in self.parts]
-        limit = self.max_output_tokens
-        return _sha256([self.system, parts, self.schema_name, self.schema, limit, dict(parameters)])
+        rest = [self.schema_name, self.schema, self.top_logprobs, self.max_output_tokens, self.sample, dict(parameters)]
+        return sha256_of([self.system, parts, *rest])
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,8 @@ class Verdict:
     state: State
     probability: float | None = None
     evidence: str | None = None
+    source: ProbabilitySource | None = None
+    """How the probability came about; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +111,12 @@ class Proposal:
     name: str
     definition: str
     group: str | None = None
+    synonyms: tuple[str, ...] = ()
+    contrast: str = ""
 
 
-def judgement_schema(concept_ids: Sequence[str]) -> dict[str, Any]:
-    """Strict JSON schema of a judging answer: one verdict under every concept id, nothing else."""
+def judgement_schema(questions: Sequence[Question]) -> dict[str, Any]:
+    """Strict JSON schema of a judging answer: one answer under every question's id, nothing else."""
     verdict = _object(
         {
             "state": {"type": "string", "enum": [s.value for s in _ANSWERED_STATES]},
@@ -109,27 +124,57 @@ def judgement_schema(concept_ids: Sequence[str]) -> dict[str, Any]:
             "evidence": {"type": "string"},
         }
     )
-    answer = _object({concept_id: {"$ref": "#/$defs/verdict"} for concept_id in concept_ids})
-    return {**answer, "$defs": {"verdict": verdict}}
+    properties = {
+        q.question_id: {"$ref": "#/$defs/verdict"} if q.attribute is None else _choice_schema(q) for q in questions
+    }
+    return {**_object(properties), "$defs": {"verdict": verdict}}
 
 
 def proposal_schema() -> dict[str, Any]:
     """Strict JSON schema of a proposing answer: a list of concepts."""
+    text = {"type": "string"}
     concept = _object(
-        {"name": {"type": "string"}, "definition": {"type": "string"}, "group": {"type": ["string", "null"]}}
+        {
+            "name": text,
+            "definition": text,
+            "group": {"type": ["string", "null"]},
+            "synonyms": {"type": "array", "items": text},
+            "contrast": {"type": ["string", "null"]},
+        }
     )
     return _object({"concepts": {"type": "array", "items": concept}})
 
 
-def parse_judgements(text: str, concept_ids: Sequence[str]) -> dict[str, Verdict]:
-    """A verdict for every asked concept; what is missing or malformed is `not_assessed`, what was not asked is ignored.
+def parse_judgements(text: str, questions: Sequence[Question]) -> dict[str, Verdict]:
+    """A verdict for every concept asked; what is missing or malformed is `not_assessed`, the unasked is ignored.
 
     Raises `AnswerFault` when nothing at all can be used.
     """
     content = _load(text)
-    if not isinstance(content, dict) or not set(content) & set(concept_ids):
+    if not isinstance(content, dict) or not any(q.question_id in content for q in questions):
         raise AnswerFault(FaultCode.WRONG_SCHEMA)
-    return {concept_id: _verdict(content.get(concept_id)) for concept_id in concept_ids}
+    verdicts: dict[str, Verdict] = {}
+    for question in questions:
+        row = content.get(question.question_id)
+        if question.attribute is None:
+            verdicts[question.concepts[0].concept_id] = _verdict(row)
+        else:
+            verdicts |= _chosen(row, question)
+    return verdicts
+
+
+def verdict_of_yes_no(top: Sequence[tuple[str, float]]) -> Verdict:
+    """The verdict in the log-probabilities of a one-word answer: p = yes / (yes + no), summed over spellings.
+
+    A number between `_UNDECIDED` counts as uncertain. Raises `AnswerFault` when neither word is among the tokens.
+    """
+    yes, no = _mass(top, {"yes", "y"}), _mass(top, {"no", "n"})
+    if yes + no <= 0:
+        raise AnswerFault(FaultCode.WRONG_SCHEMA)
+    probability = yes / (yes + no)
+    low, high = _UNDECIDED
+    state = State.PRESENT if probability > high else State.ABSENT if probability < low else State.UNCERTAIN
+    return Verdict(state, probability, None, ProbabilitySource.LOGPROBS)
 
 
 def parse_proposals(text: str) -> list[Proposal]:
@@ -173,9 +218,63 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _verdict(row: Any) -> Verdict:
     if not isinstance(row, dict) or row.get("state") not in _ANSWERED_STATES:
         return Verdict(State.NOT_ASSESSED)
+    probability = _probability(row.get("probability"))
+    source = None if probability is None else ProbabilitySource.STATED
+    return Verdict(State(row["state"]), probability, _phrase(row), source)
+
+
+def _chosen(row: Any, question: Question) -> dict[str, Verdict]:
+    """One verdict per value of a group: the chosen one is present, so all others are absent."""
+    choice = _choice(row, question)
+    if choice is None:
+        return dict.fromkeys(question.concept_ids, Verdict(State.NOT_ASSESSED))
+    phrase, stated = _phrase(row), _probability(row.get("probability"))
+    if choice == UNCERTAIN_CHOICE and choice not in question.concept_ids:
+        return dict.fromkeys(question.concept_ids, Verdict(State.UNCERTAIN, None, phrase))
+    others = [c for c in question.concept_ids if c != choice]
+    # What the choice leaves over belongs to the others in equal parts; with two sides it is exactly the rest.
+    left = None if stated is None else (1 - stated) / max(len(others), 1)
+    excluded = Verdict(State.ABSENT, left, phrase, None if left is None else ProbabilitySource.EXCLUDED)
+    verdicts = dict.fromkeys(others, excluded)
+    if choice in question.concept_ids:
+        source = None if stated is None else ProbabilitySource.STATED
+        verdicts[choice] = Verdict(State.PRESENT, stated, phrase, source)
+    return verdicts
+
+
+def _choice(row: Any, question: Question) -> str | None:
+    """The choice as an id; models also answer with a value's name, or in capitals, which means the same."""
+    choice = row.get("choice") if isinstance(row, dict) else None
+    if not isinstance(choice, str):
+        return None
+    by_name = {c.name.casefold(): c.concept_id for c in question.concepts}
+    word = choice.strip().casefold()
+    return choice if choice in question.choices else by_name.get(word, word if word in question.choices else None)
+
+
+def _choice_schema(question: Question) -> dict[str, Any]:
+    return _object(
+        {
+            "choice": {"type": "string", "enum": list(question.choices)},
+            "probability": {"type": "number", "minimum": 0, "maximum": 1},
+            "evidence": {"type": "string"},
+        }
+    )
+
+
+def _phrase(row: Mapping[str, Any]) -> str | None:
     evidence = row.get("evidence")
-    phrase = clean_text(evidence, MAX_EVIDENCE_CHARACTERS) if isinstance(evidence, str) else ""
-    return Verdict(State(row["state"]), _probability(row.get("probability")), phrase or None)
+    return (clean_text(evidence, MAX_EVIDENCE_CHARACTERS) or None) if isinstance(evidence, str) else None
+
+
+def _mass(top: Sequence[tuple[str, float]], words: set[str]) -> float:
+    """Probability of these words; numbers that are no log-probabilities weigh nothing, or as much as certainty."""
+    return sum(math.exp(min(x, 0.0)) for token, x in top if _word(token) in words and not math.isnan(x))
+
+
+def _word(token: str) -> str:
+    """A token as a word: without the marks by which tokenizers write a leading space."""
+    return token.strip(" \n\t▁Ġ.,:\"'*").casefold()
 
 
 def _probability(value: Any) -> float | None:
@@ -192,12 +291,20 @@ def _proposal(row: Any) -> Proposal | None:
     name = clean_text(row["name"], MAX_NAME_CHARACTERS).strip(" .,:;*-\"'")
     if not any(c.isalnum() for c in name):
         return None
-    definition, group = row.get("definition"), row.get("group")
+    group, synonyms = row.get("group"), row.get("synonyms")
     return Proposal(
         name,
-        clean_text(definition, MAX_DEFINITION_CHARACTERS) if isinstance(definition, str) else "",
-        clean_text(group, MAX_NAME_CHARACTERS) or None if isinstance(group, str) else None,
+        _cleaned(row.get("definition"), MAX_DEFINITION_CHARACTERS),
+        _cleaned(group, MAX_NAME_CHARACTERS) or None,
+        tuple(filter(None, (_cleaned(s, MAX_NAME_CHARACTERS) for s in synonyms[:MAX_SYNONYMS])))
+        if isinstance(synonyms, list)
+        else (),
+        _cleaned(row.get("contrast"), MAX_DEFINITION_CHARACTERS),
     )
+
+
+def _cleaned(value: Any, max_characters: int) -> str:
+    return clean_text(value, max_characters) if isinstance(value, str) else ""
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,6 +316,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sha256(value: Any) -> str:
+def sha256_of(value: Any) -> str:
+    """Hex sha256 of a JSON-able value, independent of key order."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -17,6 +17,7 @@ from flows import console as consoles
 from flows import summary
 from flows.chain import Context, StepReport
 from flows.console import Console
+from flows.offline import enforce
 from flows.settings import Settings, parse_assignment, resolve
 
 RUNS_FOLDER = Path("runs")
@@ -129,9 +130,9 @@ def existing_context(run: Path | None, config: Path | None, flags: dict[str, Any
 
 
 def settings_for(run: RunFolder, config: Path | None, flags: dict[str, Any]) -> Settings:
-    """Flags over file over what the run was made with."""
+    """Flags over file over what the run was made with; from here on no other machine is reached if they forbid it."""
     stored = run.read_manifest().config if run.exists else None
-    return resolve(config, flags, stored)
+    return enforce(resolve(config, flags, stored))
 
 
 def finish(reports: Iterable[StepReport], run: RunFolder) -> None:

@@ -14,6 +14,7 @@ from flows.chain import Context, execute
 from flows.commands.common import OUTCOME, JsonFlag, QuietFlag, open_console
 from flows.commands.run import run_source
 from flows.console import Console
+from flows.offline import enforce
 from flows.settings import resolve
 from flows.steps import STEPS
 
@@ -42,7 +43,8 @@ def demo(
     images = folder / "phantoms" / "images"
     _generate(images.parent, n_images, seed, console)
     run = RunFolder(folder / "phantom-run")
-    settings = resolve(None, {"source.modality": _MODALITY}, run.read_manifest().config if run.exists else None)
+    stored = run.read_manifest().config if run.exists else None
+    settings = enforce(resolve(None, {"source.modality": _MODALITY}, stored))
     run_source(images, run, settings, console, yes=False, synthetic=True)
     _say_truth(run, images.parent / "truth.csv", console)
     # Once more, for the page to hold the agreement with the truth.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
-from data_contracts.errors import ConfigurationError, ExitCode
+from data_contracts.errors import ConfigurationError
 from data_contracts.store import RunFolder
 from flows.chain import Context, StepReport, execute, is_fresh
 from flows.commands.common import (
-    OUTCOME,
     ConfigFlag,
     JsonFlag,
     ModalityFlag,
@@ -29,9 +26,10 @@ from flows.commands.common import (
     open_console,
     settings_for,
 )
+from flows.commands.spending import confirm, may_cost_money, show_estimate
 from flows.console import Console
 from flows.settings import Settings
-from flows.steps import INGEST, LAST_ANNOTATION_STEP, STEPS, begin, chain_for, estimate_judging
+from flows.steps import INGEST, LAST_ANNOTATION_STEP, STEPS, begin, chain_for
 
 BaseUrlFlag = Annotated[
     str | None,
@@ -47,6 +45,9 @@ AlignerFlag = Annotated[
 BackboneFlag = Annotated[str | None, typer.Option("--backbone", help="'embedded' or any timm name.")]
 LogicFlag = Annotated[str | None, typer.Option("--logic", help="Rule layer: 'paper' or 'dcr'.")]
 CostFlag = Annotated[float | None, typer.Option("--max-cost-usd", help="Hard cap on money; the run stops resumable.")]
+OfflineFlag = Annotated[
+    bool, typer.Option("--offline", help="Refuse every connection to another machine, whoever asks for it.")
+]
 RequestsFlag = Annotated[int | None, typer.Option("--max-requests", help="Hard cap on requests.")]
 
 
@@ -69,6 +70,7 @@ def run(
     logic: LogicFlag = None,
     max_cost_usd: CostFlag = None,
     max_requests: RequestsFlag = None,
+    offline: OfflineFlag = False,
     run: RunFlag = None,
     config: ConfigFlag = None,
     assignments: SetFlag = None,
@@ -98,6 +100,7 @@ def run(
         train__logic=logic,
         vlm__max_cost_usd=max_cost_usd,
         vlm__max_requests=max_requests,
+        privacy__offline=offline or None,
     )
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
@@ -113,6 +116,7 @@ def annotate(
     aligner: AlignerFlag = None,
     max_cost_usd: CostFlag = None,
     max_requests: RequestsFlag = None,
+    offline: OfflineFlag = False,
     run: RunFlag = None,
     config: ConfigFlag = None,
     assignments: SetFlag = None,
@@ -130,6 +134,7 @@ def annotate(
         align__model=aligner,
         vlm__max_cost_usd=max_cost_usd,
         vlm__max_requests=max_requests,
+        privacy__offline=offline or None,
     )
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
@@ -148,6 +153,9 @@ def estimate(
     source: SourceArgument,
     base_url: BaseUrlFlag = None,
     model: ModelFlag = None,
+    max_cost_usd: CostFlag = None,
+    max_requests: RequestsFlag = None,
+    offline: OfflineFlag = False,
     run: RunFlag = None,
     config: ConfigFlag = None,
     assignments: SetFlag = None,
@@ -155,16 +163,21 @@ def estimate(
     as_json: JsonFlag = False,
 ) -> None:
     """Requests, tokens, price and time before anything is sent; reads the images, asks nothing."""
-    flags = flags_of(assignments, vlm__base_url=base_url, vlm__model=model)
+    flags = flags_of(
+        assignments,
+        vlm__base_url=base_url,
+        vlm__model=model,
+        vlm__max_cost_usd=max_cost_usd,
+        vlm__max_requests=max_requests,
+        privacy__offline=offline or None,
+    )
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
     context = _begun(source, folder, settings_for(folder, config, flags), console)
     with folder.lock():
         reports = [execute(INGEST, context)]
-        found = estimate_judging(context)
-    for line in found.lines():
-        console.say(line)
-    OUTCOME.content["estimate"] = found.as_dict()
+        show_estimate(context)
+    console.say(f"next:    medmicn annotate {source} --run {folder.path}")
     finish(reports, folder)
 
 
@@ -192,7 +205,7 @@ def schedule(
     schedules.require_server()
     folder = new_run(source, run)
     settings = settings_for(folder, config, flags_of(assignments))
-    if _costs_money(settings) and not yes:
+    if may_cost_money(settings) and not yes:
         raise ConfigurationError(
             "schedule: a scheduled run cannot ask before it spends money.",
             remedy="Give --yes, and caps: --set vlm.max_cost_usd=… or vlm.max_requests=….",
@@ -239,28 +252,11 @@ def _begun(
 
 
 def _confirmed(context: Context, *, yes: bool) -> list[StepReport]:
-    """Ingest, then show the price and ask, where the endpoint may cost money."""
+    """Ingest, then show what will be sent and what it costs, and ask where it may cost money."""
     reports = [execute(INGEST, context)]
-    if not _costs_money(context.settings):
-        return reports
-    for line in estimate_judging(context).lines():
-        context.console.say(line)
-    if yes:
-        return reports
-    if not sys.stdin.isatty():
-        raise ConfigurationError(
-            "The endpoint may cost money and there is no terminal to ask.", remedy="Give --yes to go on."
-        )
-    if not typer.confirm("Go on?", err=True):
-        raise typer.Exit(ExitCode.RESUMABLE)
+    if not is_fresh(STEPS["judge"], context):
+        confirm(context, yes=yes)
     return reports
-
-
-def _costs_money(settings: Settings) -> bool:
-    if settings.vlm.is_embedded:
-        return False
-    host = urlsplit(settings.vlm.base_url).hostname or ""
-    return not (host in {"localhost", "::1"} or host.startswith("127."))
 
 
 def _say_results(context: Context) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import typer
 
 from data_contracts.errors import ConfigurationError
-from flows.chain import Context, Step, execute
+from flows.chain import Context, Step, execute, is_fresh
 from flows.commands.common import (
     ConfigFlag,
     JsonFlag,
@@ -15,6 +15,7 @@ from flows.commands.common import (
     RunFlag,
     SetFlag,
     SourceArgument,
+    YesFlag,
     existing_context,
     finish,
     flags_of,
@@ -22,7 +23,10 @@ from flows.commands.common import (
     open_console,
     settings_for,
 )
+from flows.commands.spending import confirm
 from flows.steps import INGEST, STEPS, begin, remember_settings
+
+_ASKS_A_MODEL = {"concepts", "judge"}
 
 _HELP = {
     "concepts": "Propose concepts from sampled training images and filter them.",
@@ -67,6 +71,7 @@ def _verb(step: Step) -> Callable[..., None]:
         run: RunFlag = None,
         config: ConfigFlag = None,
         assignments: SetFlag = None,
+        yes: YesFlag = False,
         quiet: QuietFlag = False,
         as_json: JsonFlag = False,
     ) -> None:
@@ -74,6 +79,8 @@ def _verb(step: Step) -> Callable[..., None]:
         context = existing_context(run, config, flags_of(assignments), console)
         with context.run.lock():
             remember_settings(context)
+            if step.name in _ASKS_A_MODEL and not is_fresh(step, context):
+                confirm(context, yes=yes)
             reports = [execute(step, context)]
         following = _next_verb(step)
         if following:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_contracts.errors import ExitCode
-from flows import doctor as checks
+from data_contracts.store import RunFolder
 from flows.commands.common import (
     OUTCOME,
+    RUNS_FOLDER,
     ConfigFlag,
     JsonFlag,
     QuietFlag,
     RunFlag,
     SetFlag,
     existing_context,
+    existing_run,
     finish,
     flags_of,
     open_console,
+    settings_for,
 )
 from flows.commands.labels import serve_locally
-from flows.settings import documentation
+from flows.console import Console
+from flows.offline import enforce
+from flows.settings import documentation, resolve
+
+if TYPE_CHECKING:
+    # It opens the vision-language half: `medmicn --help` must not wait for that.
+    from flows.doctor import Check
+
+_WIDTH = 100
+"""Columns of explanations."""
 
 
 def register(app: typer.Typer) -> None:
@@ -89,29 +102,75 @@ def compare(
 
 
 def doctor(
-    config: ConfigFlag = None, assignments: SetFlag = None, quiet: QuietFlag = False, as_json: JsonFlag = False
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Send a few test questions about drawn pictures to every endpoint now."),
+    ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Examine what this run is made with. Default: what is configured."),
+    ] = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """What works on this machine and what is missing, with the remedy."""
+    """What works on this machine and what is missing, with the remedy.
+
+    Of a configured vision-language model it shows whether its address answers and lists it, key, price, tokens of an
+    image, and what the last probe found. With --probe it is asked a few questions about drawn pictures: does it see
+    them, does it keep the schema? None of your images is sent.
+    """
     console = open_console(quiet=quiet, as_json=as_json)
-    found = checks.examine(config, flags_of(assignments))
-    for check in found:
-        console.say(f"{'✓' if check.works else '✗' if check.needed else '–'} {check.name:<22} {check.finding}")
-        if check.remedy and not check.works:
-            console.say(f"    {check.remedy}")
+    flags = flags_of(assignments)
+    if run is None:
+        paths = sorted(RUNS_FOLDER.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        runs, settings = [RunFolder(path.parent) for path in paths], enforce(resolve(config, flags))
+    else:
+        runs = [existing_run(run)]
+        settings = settings_for(runs[0], config, flags)
+    from flows.doctor import examine
+
+    found: list[Check] = []
+    endpoint = ""
+    for check in examine(settings, runs, console, probing=probe):
+        if check.endpoint != endpoint:
+            endpoint = check.endpoint
+            console.title(f"vision-language model {endpoint}")
+        _say_check(check, console)
+        found.append(check)
     OUTCOME.content["checks"] = [check._asdict() for check in found]
-    if any(check.needed and not check.works for check in found):
+    faults = [check.name for check in found if check.needed and not check.works]
+    if faults:
+        console.warn(f"needed, and does not work: {', '.join(faults)}")
+        console.say("next:    mend what is marked ✗, then medmicn doctor again")
         raise typer.Exit(ExitCode.FAILED)
+    console.say("next:    medmicn run FOLDER, or medmicn demo")
+
+
+def _say_check(check: Check, console: Console) -> None:
+    mark = "✓" if check.works else "✗" if check.needed else "–"
+    first, *more = check.finding.splitlines()
+    console.say(f"{mark} {check.name:<22} {first}")
+    for line in more:
+        console.say(f"{'':<25}{line}")
+    if check.remedy and not check.works:
+        console.say(f"    {check.remedy}")
 
 
 def config_keys(as_json: JsonFlag = False) -> None:
     """Every configuration key with its default and meaning; `medmicn.toml` may hold any of them."""
     console = open_console(quiet=False, as_json=as_json)
+    console.say("Every key with its default; none: the key is left out.")
     section = ""
     for name, default, meaning in documentation():
         if name.split(".")[0] != section:
             section = name.split(".")[0]
             console.title(f"[{section}]")
-        console.say(f"  {name.split('.')[1]} = {default}\n      {meaning}")
+        console.say(f"  {name.split('.')[1]} = {default}")
+        console.say(
+            textwrap.fill(meaning, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+        )
     OUTCOME.content["keys"] = [{"key": k, "default": d, "meaning": m} for k, d, m in documentation()]
 
 

@@ -9,7 +9,7 @@ from data_contracts.manifest import RunManifest
 from data_contracts.store import RunFolder
 from data_contracts.tables import IMAGES
 from flows.chain import Context, Step
-from flows.settings import Settings
+from flows.settings import Settings, remembered
 from flows.steps.align import ALIGN
 from flows.steps.concepts import CONCEPTS_STEP
 from flows.steps.corrections import draw_audit, import_sheet, score_audit
@@ -77,7 +77,7 @@ def has_classes(run: RunFolder) -> bool:
 
 
 def _remember(run: RunFolder, manifest: RunManifest, settings: Settings) -> None:
-    config = settings.model_dump(mode="json")
+    config = remembered(settings)
     if not run.exists or manifest.config != config:
         manifest.config = config
         run.write_manifest(manifest)

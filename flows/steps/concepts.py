@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from annotation.vlm.budget import Budget
+from annotation.vlm.estimate import Estimate, Work, estimate
 from data_contracts.concepts import slug
 from data_contracts.errors import ConfigurationError, StepFailed
 from data_contracts.files import sha256_of_file
+from data_contracts.spreadsheet import write_csv
 from data_contracts.tables import CONCEPTS, ConceptOrigin, ConceptStatus, Split
 from flows.chain import Context, ShardRunner, Step, StepResult
 from flows.ledger import merge_concepts, was_given
+from flows.settings import ConceptSettings
 from flows.steps.images import accepted, image_reader
+
+if TYPE_CHECKING:
+    from annotation.propose import ProposeOptions
+
+COVERAGE_CSV = "coverage.csv"
+"""Which concepts tell which classes apart."""
 
 UNLABELLED = "images"
 """Stands for the class where a folder has none."""
@@ -42,7 +49,8 @@ def _inputs(context: Context) -> Mapping[str, Any]:
 def _work(context: Context, _shards: ShardRunner) -> StepResult:
     run, settings = context.run, context.settings.concepts
     stored = run.read_concepts() if run.table_path(CONCEPTS).is_file() else None
-    cost = 0.0
+    cost: float | None = 0.0
+    warnings: list[str] = []
     if settings.file is not None:
         concepts = merge_concepts(
             stored if stored is not None and was_given(stored) else None, read_concepts(settings.file)
@@ -50,7 +58,7 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
     elif stored is not None and was_given(stored):
         concepts = stored
     else:
-        concepts, cost = _proposed(context)
+        concepts, warnings, cost = _proposed(context)
     run.write_concepts(concepts)
     kept = concepts["status"] == ConceptStatus.KEPT
     if not kept.any():
@@ -61,44 +69,77 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
         )
     for row in concepts[kept].itertuples():
         context.console.say(f"  · {row.name}" + (f": {row.definition}" if row.definition else ""))
-    return StepResult([], {"concepts_kept": int(kept.sum()), "dropped": int((~kept).sum())}, cost_usd=cost)
+    counts: dict[str, float] = {"concepts_kept": int(kept.sum()), "dropped": int((~kept).sum())}
+    return StepResult([], counts, warnings, cost_usd=cost)
 
 
-def _proposed(context: Context) -> tuple[pd.DataFrame, float | None]:
-    """Proposed and filtered concepts, and what the endpoint charged."""
+def _proposed(context: Context) -> tuple[pd.DataFrame, list[str], float | None]:
+    """Proposed and filtered concepts, which classes they do not tell apart, and what the endpoint charged."""
+    from annotation.coverage import coverage, uncovered
     from annotation.filter import FilterOptions, filter_concepts
-    from annotation.propose import ProposeOptions, propose
+    from annotation.propose import propose
     from annotation.text import minilm_embedder
-    from flows.vlm import open_client
+    from annotation.vlm.preflight import price_of
+    from flows.vlm import SESSIONS, ready
 
     settings, source = context.settings.concepts, context.settings.source
-    images = accepted(context.run.read_images())
-    samples = sample_training_images(images, settings.samples_per_class, settings.seed)
-    budget = Budget(context.settings.vlm)
-
-    async def ask() -> pd.DataFrame:
-        async with open_client(context, budget) as client:
-            return await propose(
-                samples,
-                image_reader(context),
-                client,
-                source.modality,
-                ProposeOptions(
-                    n_per_class=settings.samples_per_class,
-                    n_concepts=settings.proposed_per_class,
-                    name_characters=settings.max_name_characters,
-                    seed=settings.seed,
-                ),
-            )
-
-    proposed = asyncio.run(ask())
-    options = FilterOptions(
+    samples, options = _samples(context), propose_options(settings)
+    embed = minilm_embedder()
+    read, before = image_reader(context), SESSIONS.spent(context)
+    session = SESSIONS.begin(context)
+    try:
+        ready(context, session, 0, estimate_proposing(context))
+        proposed = session.call(lambda client: propose(samples, read, client, source.modality, options, embed))
+    finally:
+        spent = SESSIONS.end(context)
+    filters = FilterOptions(
         max_name_characters=settings.max_name_characters,
         like_class_cosine=settings.like_class_cosine,
         like_each_other_cosine=settings.like_each_other_cosine,
     )
     class_names = [name for name in samples if name != UNLABELLED]
-    return filter_concepts(proposed, class_names, minilm_embedder(), options), budget.spent_usd
+    concepts = filter_concepts(proposed, class_names, embed, filters)
+    write_csv(context.run.path / COVERAGE_CSV, coverage(concepts, class_names))
+    cost = None if price_of(context.settings.vlm) is None else spent.usd - before.usd
+    return concepts, uncovered(concepts, class_names), cost
+
+
+def estimate_proposing(context: Context) -> Estimate:
+    """What proposing concepts would send; nothing where concepts are given or there."""
+    from annotation.propose import planned_requests
+    from annotation.vlm.preflight import price_of
+
+    settings = context.settings
+    works: list[Work] = []
+    if settings.concepts.file is None and not context.run.table_path(CONCEPTS).is_file():
+        n_samples = {name: len(ids) for name, ids in _samples(context).items()}
+        options, limit = propose_options(settings.concepts), settings.vlm.max_output_tokens
+        works = [Work(r, 1) for r in planned_requests(n_samples, settings.source.modality, options, limit)]
+    return estimate(works, settings.vlm.model_copy(update={"batch": False}), price_of(settings.vlm))
+
+
+def propose_options(settings: ConceptSettings) -> ProposeOptions:
+    """How concepts are asked for, from the configuration."""
+    from annotation.propose import ProposeOptions
+
+    return ProposeOptions(
+        n_per_class=settings.samples_per_class,
+        max_images_per_request=settings.max_images_per_request,
+        n_concepts=settings.proposed_per_class,
+        rounds=settings.rounds,
+        contrast_pairs=settings.contrast_pairs,
+        n_contrast=settings.proposed_per_pair,
+        merge_cosine=settings.merge_cosine,
+        name_characters=settings.max_name_characters,
+        seed=settings.seed,
+    )
+
+
+def _samples(context: Context) -> dict[str, list[str]]:
+    """Images for all rounds."""
+    settings = context.settings.concepts
+    images = accepted(context.run.read_images())
+    return sample_training_images(images, settings.samples_per_class * settings.rounds, settings.seed)
 
 
 def sample_training_images(images: pd.DataFrame, n_per_class: int, seed: int) -> dict[str, list[str]]:
@@ -118,7 +159,9 @@ def sample_training_images(images: pd.DataFrame, n_per_class: int, seed: int) ->
 
 
 def read_concepts(path: Path) -> pd.DataFrame:
-    """The user's own concepts: CSV with `name[,definition,group]`, or text with one name a line.
+    """The user's own concepts: CSV with `name[,definition,group,synonyms,contrast]`, or text with one name a line.
+
+    Several synonyms stand in one cell, separated by `;`.
 
     Raises:
         ConfigurationError: the file is missing, empty, names a concept twice, or has no column `name`.
@@ -151,6 +194,9 @@ def read_concepts(path: Path) -> pd.DataFrame:
             "nearest": pd.array([None] * len(rows), dtype="str"),
             "similarity": pd.array([None] * len(rows), dtype="Float64"),
             "position": range(len(rows)),
+            "synonyms": [[s.strip() for s in (row.get("synonyms") or "").split(";") if s.strip()] for row in rows],
+            "contrast": [(row.get("contrast") or "").strip() for row in rows],
+            "provenance": [[f"given in {path.name}"] for _ in rows],
         }
     )
 

@@ -81,7 +81,7 @@ def systems_view(systems: pd.DataFrame) -> Row:
 
 
 def provenance_view(manifest: Mapping[str, Any]) -> Row:
-    """Steps with seconds and cost, versions, and warnings by step."""
+    """Steps with seconds and cost, what endpoints can do, versions, and warnings by step."""
     steps = [
         {
             "name": name,
@@ -96,6 +96,7 @@ def provenance_view(manifest: Mapping[str, Any]) -> Row:
     warnings = [(step, w) for step, many in (manifest.get("warnings") or {}).items() for w in many]
     return {
         "steps": steps,
+        "endpoints": list((manifest.get("endpoints") or {}).items()),
         "seconds": sum(float(s["seconds"]) for s in steps if words.known(s["seconds"])),
         "cost_usd": sum(costs) if costs else None,
         "versions": dict(manifest.get("versions") or {}),

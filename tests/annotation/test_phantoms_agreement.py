@@ -11,8 +11,10 @@ from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 
 from annotation.judge import judge
+from annotation.prompts import Framing
 from annotation.propose import propose
 from annotation.vlm.client import VlmClient
+from annotation.vlm.questions import questions_of
 from data_contracts.tables import vocabulary_of
 from pipeline.phantoms import CONCEPT_RATES, PHANTOM_MODALITY, make_phantoms
 
@@ -32,7 +34,8 @@ async def test_blind_judgements_of_proposed_concepts_reach_kappa_0_7(
         samples.setdefault(path.split("/")[1], []).append(path)
     async with make_embedded() as client:
         concepts = await propose(samples, read, client, PHANTOM_MODALITY)
-        judged = await judge(paths[36:], vocabulary_of(concepts), read, client, PHANTOM_MODALITY)
+        questions = questions_of(vocabulary_of(concepts))
+        judged = await judge(paths[36:], questions, read, client, Framing(PHANTOM_MODALITY))
     wide = judged.judgements.pivot(index="image_id", columns="concept_id", values="probability")
     known = [c for c in CONCEPT_RATES if c in wide]
     kappas = {c: cohen_kappa_score(truth.loc[wide.index, c], wide[c] > 0.5) for c in known}

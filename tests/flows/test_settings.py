@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import ConfigurationError
-from flows.settings import api_key, documentation, parse_assignment, resolve
+from flows.settings import api_key, documentation, parse_assignment, remembered, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_a_malformed_assignment_is_refused(text: str) -> None:
 def test_the_key_comes_from_the_environment_and_never_stands_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-secret")
     settings = resolve(None, {"vlm.base_url": "http://127.0.0.1:1/v1", "vlm.model": "m", "vlm.api_key_env": "MY_KEY"})
-    key = api_key(settings)
+    key = api_key(settings.vlm)
     assert key is not None
     assert key.get_secret_value() == "sk-secret"
     assert "sk-secret" not in settings.model_dump_json()
@@ -84,3 +84,52 @@ def test_the_key_comes_from_the_environment_and_never_stands_in_the_settings(mon
 def test_every_key_is_documented() -> None:
     undocumented = [name for name, _, meaning in documentation() if not meaning]
     assert undocumented == []
+
+
+def test_a_new_address_does_not_keep_the_model_and_price_of_the_old_one() -> None:
+    old = {"vlm.base_url": "http://127.0.0.1:1/v1", "vlm.model": "old", "vlm.concurrency": 3}
+    stored = remembered(resolve(None, old))
+    new = resolve(None, {"vlm.base_url": "http://127.0.0.1:2/v1", "vlm.model": "new"}, stored)
+    assert (new.vlm.model, new.vlm.concurrency) == ("new", 3)
+    with pytest.raises(ConfigurationError, match="needs a model name"):
+        resolve(None, {"vlm.base_url": "http://127.0.0.1:2/v1"}, stored)
+    assert resolve(None, {}, stored).vlm.model == "old"
+
+
+def test_caps_are_of_one_command_and_not_remembered() -> None:
+    capped = resolve(None, {"vlm.max_requests": 5, "vlm.max_cost_usd": 1.0})
+    again = resolve(None, {}, remembered(capped))
+    assert (again.vlm.max_requests, again.vlm.max_cost_usd) == (None, None)
+
+
+def test_caps_need_one_process() -> None:
+    with pytest.raises(ConfigurationError, match="task_runner"):
+        resolve(None, {"vlm.max_requests": 5, "flow.task_runner": "dask"})
+
+
+def test_witnesses_need_names_of_their_own() -> None:
+    same = {"base_url": "http://127.0.0.1:2/v1", "model": "m"}
+    with pytest.raises(ConfigurationError, match="every model once"):
+        resolve(None, {"vlm.base_url": "http://127.0.0.1:1/v1", "vlm.model": "m", "vlm.also": [same]})
+    with pytest.raises(ConfigurationError, match="caps stand under"):
+        resolve(None, {"vlm.also": [same | {"max_requests": 3}]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"vlm.max_cost_usd": -1}, "greater than 0"),
+        (
+            {"vlm.base_url": "ftp://x/v1", "vlm.model": "m"},
+            r"expected 'embedded', 'transformers' or an http\(s\) address",
+        ),
+        ({"vlm.samples": 5}, "temperature above 0"),
+        ({"vlm.batch": True}, "Batch API"),
+        ({"vlm.base_url": "http://example.org/v1", "vlm.model": "m", "privacy.offline": True}, "no other machine"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_plain_words(flags: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        resolve(None, flags)
+    assert "alue error" not in str(caught.value)
+    assert str(caught.value).count("got") <= 1

@@ -1,111 +1,129 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from annotation.vlm.budget import Budget, Pace, image_tokens, most_usage, reserved, text_tokens
-from annotation.vlm.schema import Usage, VlmRequest
-from annotation.vlm.settings import VlmSettings
+from annotation.vlm.budget import Budget, Spent
 from data_contracts.errors import BudgetReached, ExitCode
-
-PRICES = {"input_usd_per_million_tokens": 1.0, "output_usd_per_million_tokens": 4.0}
-
-
-def settings(**changes: float) -> VlmSettings:
-    return VlmSettings.model_validate(PRICES | changes)
 
 
 async def test_the_cap_of_requests_is_exact_under_concurrency() -> None:
-    budget = Budget(settings(max_requests=7))
-    at_once, most_at_once = 0, 0
+    budget, at_once, most_at_once = Budget(max_requests=7), 0, 0
 
     async def one() -> None:
         nonlocal at_once, most_at_once
-        async with reserved(budget, Usage(10, 10)) as billed:
-            at_once += 1
-            most_at_once = max(most_at_once, budget.n_requests + at_once)
-            await asyncio.sleep(0.001)
-            billed.append(Usage(10, 5))
-            at_once -= 1
+        await budget.reserve(0)
+        at_once += 1
+        most_at_once = max(most_at_once, budget.spent.n_requests + at_once)
+        await asyncio.sleep(0.001)
+        budget.settle(0, 0)
+        at_once -= 1
 
     results = await asyncio.gather(*(one() for _ in range(50)), return_exceptions=True)
     assert sum(r is None for r in results) == 7
     assert sum(isinstance(r, BudgetReached) for r in results) == 43
-    assert budget.n_requests == 7
+    assert budget.spent.n_requests == 7
     assert most_at_once <= 7
 
 
 async def test_spent_and_reserved_never_pass_the_cap_of_money() -> None:
-    budget = Budget(settings(max_cost_usd=0.001))
-    most = Usage(100, 50)  # 0.0003 USD: three fit at once, but cheap answers leave room for more.
+    budget = Budget(max_cost_usd=0.001)
+    most_usd = 0.0003  # Three fit at once, but cheap answers leave room for more.
     highest_usd = 0.0
 
     async def one() -> None:
         nonlocal highest_usd
-        async with reserved(budget, most) as billed:
-            highest_usd = max(highest_usd, (budget.spent_usd or 0) + budget._reserved_usd)
-            await asyncio.sleep(0.001)
-            billed.append(Usage(100, 10))
+        await budget.reserve(most_usd)
+        highest_usd = max(highest_usd, budget.committed_usd)
+        await asyncio.sleep(0.001)
+        budget.settle(most_usd, 0.00014)
 
     results = await asyncio.gather(*(one() for _ in range(20)), return_exceptions=True)
     assert highest_usd <= 0.001 + 1e-9
-    assert budget.spent_usd == pytest.approx(sum(r is None for r in results) * 0.00014)
+    assert budget.spent.usd == pytest.approx(sum(r is None for r in results) * 0.00014)
     assert sum(r is None for r in results) == 6
 
 
+def test_caps_hold_across_threads_and_their_event_loops() -> None:
+    budget, ended = Budget(max_requests=40), []
+
+    async def one() -> None:
+        await budget.reserve(0)
+        await asyncio.sleep(0.0005)
+        budget.settle(0, 0)
+
+    async def many() -> None:
+        ended.extend(await asyncio.gather(*(one() for _ in range(30)), return_exceptions=True))
+
+    threads = [threading.Thread(target=asyncio.run, args=(many(),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sum(e is None for e in ended), budget.spent.n_requests) == (40, 40)
+
+
 async def test_a_stop_at_the_cap_is_resumable_and_says_what_to_do() -> None:
-    budget = Budget(settings(max_requests=1))
-    async with reserved(budget, Usage(1, 1)):
-        pass
-    with pytest.raises(BudgetReached, match=r"cap of 1 requests.*journal.*same command again") as caught:
-        await budget.reserve(Usage(1, 1))
+    budget = Budget(max_requests=1)
+    await budget.reserve(0.5)
+    budget.settle(0.5, 0.25)
+    with pytest.raises(
+        BudgetReached, match=r"cap of 1 requests.*1 requests were sent for 0.2500 USD.*journal.*same command again"
+    ) as caught:
+        await budget.reserve(0.5)
     assert caught.value.exit_code == ExitCode.RESUMABLE
 
 
-async def test_a_failed_request_counts_but_costs_nothing() -> None:
-    budget = Budget(settings(max_requests=2))
-    with pytest.raises(RuntimeError):
-        async with reserved(budget, Usage(1000, 1000)):
-            raise RuntimeError
-    assert (budget.n_requests, budget.spent_usd) == (1, 0.0)
+async def test_one_who_does_not_fit_now_waits_for_what_others_leave_over() -> None:
+    budget = Budget(max_cost_usd=1.0)
+    await budget.reserve(0.8)
+    waiting = asyncio.create_task(budget.reserve(0.5))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    budget.settle(0.8, 0.4)
+    await asyncio.wait_for(waiting, 1)
+    assert budget.committed_usd == pytest.approx(0.9)
 
 
-def test_without_prices_money_is_unknown() -> None:
-    assert Budget(VlmSettings(base_url="http://x/v1", model="m")).spent_usd is None
-    assert Budget(VlmSettings()).spent_usd == 0.0
-
-
-async def test_requests_leave_at_an_even_pace() -> None:
-    pace = Pace(settings(requests_per_minute=1200))
-    start_s = time.monotonic()
-    await asyncio.gather(*(pace.wait(Usage(1, 1)) for _ in range(5)))
-    assert 0.2 <= time.monotonic() - start_s < 1.0
-
-
-async def test_tokens_per_minute_hold_big_requests_back() -> None:
-    pace = Pace(settings(tokens_per_minute=60_000))
-    start_s = time.monotonic()
+async def test_what_was_never_sent_is_given_back() -> None:
+    budget = Budget(max_requests=1, max_cost_usd=1.0)
     for _ in range(3):
-        await pace.wait(Usage(80, 20))
-    assert 0.2 <= time.monotonic() - start_s < 1.0
+        await budget.reserve(1.0)
+        budget.release(1.0)
+    assert (budget.spent, budget.committed_usd) == (Spent(0, 0.0, 0.0), 0.0)
 
 
-def test_image_tokens_follow_the_published_tile_rule() -> None:
-    # 85 + 170 per 512 px tile, as in OpenAI's pricing examples for high detail.
-    assert [image_tokens(side) for side in (256, 512, 1024)] == [255, 255, 765]
+async def test_what_may_have_been_billed_is_spent_and_told_apart() -> None:
+    budget = Budget(max_cost_usd=1.0)
+    for is_lost in (True, False):
+        await budget.reserve(0.4)
+        budget.settle(0.4, 0.4 if is_lost else 0.1, is_lost=is_lost)
+    assert budget.spent == Spent(2, pytest.approx(0.5), 0.4)
+    with pytest.raises(BudgetReached, match="cap of 1 USD"):
+        await budget.reserve(0.6)
 
 
-@given(st.integers(0, 100_000))
-def test_text_tokens_never_undercount_plain_english_much(n: int) -> None:
-    assert n / 4 <= text_tokens(n) <= n / 3 + 2
+def test_a_batch_is_reserved_and_settled_as_a_whole() -> None:
+    budget = Budget(max_requests=100, max_cost_usd=2.0)
+    budget.reserve_many(60, 1.5)
+    assert not budget.fits(60, 0.1)
+    assert not budget.fits(1, 0.6)
+    assert budget.fits(40, 0.5)
+    with pytest.raises(BudgetReached):
+        budget.reserve_many(41, 0.0)
+    budget.settle(1.5, 1.0, n_requests=60)
+    assert budget.spent == Spent(60, 1.0, 0.0)
+    budget.reserve_many(40, 1.0)
+    budget.release(1.0, n_requests=40)
+    assert budget.committed_usd == 1.0
 
 
-def test_most_usage_counts_text_images_and_the_output_limit() -> None:
-    request = VlmRequest("s" * 350, ("t" * 350, b"i", b"i"), "n", {}, 77)
-    most = most_usage(request, VlmSettings())
-    assert most.output_tokens == 77
-    assert most.input_tokens == pytest.approx(200 + 2 * 255, abs=5)
+async def test_rounding_of_many_small_amounts_is_no_overrun() -> None:
+    budget = Budget(max_cost_usd=0.3)
+    for _ in range(3):
+        await budget.reserve(0.1)
+    for _ in range(3):
+        budget.settle(0.1, 0.1)
+    assert budget.spent.n_requests == 3

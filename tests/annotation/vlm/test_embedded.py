@@ -17,10 +17,12 @@ import openai
 import pytest
 import uvicorn
 
-from annotation.prompts import judging_request, proposing_request
+from annotation.prompts import EXAMPLE_MARK, Example, Framing, judging_request
+from annotation.proposal_prompts import proposing_request
 from annotation.vlm.client import VlmClient
 from annotation.vlm.embedded import create_app
 from annotation.vlm.journal import Journal
+from annotation.vlm.questions import questions_of
 from annotation.vlm.schema import FaultCode, VlmRequest, judgement_schema, parse_judgements, parse_proposals
 from annotation.vlm.settings import EMBEDDED_MODEL, VlmSettings
 from data_contracts.concepts import Concept, Vocabulary
@@ -47,16 +49,24 @@ def disc(radius_px: int, colour: tuple[int, int, int]) -> bytes:
 LARGE_RED, SMALL_BROWN = disc(38, (190, 60, 60)), disc(12, (110, 75, 55))
 
 
+QUESTIONS = questions_of(VOCABULARY)
+FRAMING = Framing("dermoscopy")
+
+
 @pytest.fixture
 def client(tmp_path: Path) -> VlmClient:
     return VlmClient(VlmSettings(), None, Journal(tmp_path / "journal"))
 
 
-async def judged(client: VlmClient, image: bytes, vocabulary: Vocabulary = VOCABULARY) -> dict[str, State]:
-    request = judging_request(image, vocabulary, "dermoscopy", None)
-    answer = await client.ask(request, lambda text: parse_judgements(text, vocabulary.ids))
+async def judged(
+    client: VlmClient, image: bytes, vocabulary: Vocabulary = VOCABULARY, framing: Framing = FRAMING
+) -> dict[str, State]:
+    questions = questions_of(vocabulary)
+    answer = await client.ask(
+        judging_request(image, questions, framing, None), lambda text: parse_judgements(text, questions)
+    )
     assert answer.record is not None
-    jsonschema.validate(json.loads(answer.record.text or ""), judgement_schema(vocabulary.ids))
+    jsonschema.validate(json.loads(answer.record.text or ""), judgement_schema(questions))
     assert answer.value is not None
     return {concept_id: verdict.state for concept_id, verdict in answer.value.items()}
 
@@ -66,6 +76,30 @@ async def test_it_judges_what_it_can_measure_and_is_uncertain_of_the_rest(client
         large_red, small_brown = await judged(client, LARGE_RED), await judged(client, SMALL_BROWN)
     assert large_red == {"large-lesion": State.PRESENT, "erythema": State.PRESENT, "auer-rods": State.UNCERTAIN}
     assert small_brown == {"large-lesion": State.ABSENT, "erythema": State.ABSENT, "auer-rods": State.UNCERTAIN}
+
+
+async def test_of_values_that_exclude_each_other_it_chooses_the_measured_one(client: VlmClient) -> None:
+    sizes = (
+        Concept("large", "large lesion", "The lesion covers more than 12.0 % of the image.", "size"),
+        Concept("small", "small lesion", "", "size"),
+    )
+    unmeasured = (
+        Concept("auer-rods", "Auer rods", "", "inclusions"),
+        Concept("bodies", "Döhle bodies", "", "inclusions"),
+    )
+    async with client:
+        states = await judged(client, LARGE_RED, Vocabulary.of([*sizes, *unmeasured]))
+    assert states["large"] is State.PRESENT
+    assert states["small"] is State.ABSENT
+    assert {states["auer-rods"], states["bodies"]} == {State.UNCERTAIN}
+
+
+async def test_it_judges_the_image_and_not_the_examples_before_it(client: VlmClient) -> None:
+    shown = Framing("dermoscopy", (Example(LARGE_RED, {"large-lesion": State.PRESENT}),))
+    request = judging_request(SMALL_BROWN, QUESTIONS, shown, None)
+    assert any(isinstance(part, str) and part.startswith(EXAMPLE_MARK) for part in request.parts)
+    async with client:
+        assert await judged(client, SMALL_BROWN, framing=shown) == await judged(client, SMALL_BROWN)
 
 
 async def test_it_proposes_definitions_that_it_can_judge(client: VlmClient) -> None:
@@ -98,7 +132,7 @@ async def test_the_class_name_has_no_influence_on_proposals(client: VlmClient) -
 
 
 async def test_tokens_are_counted_and_the_answer_is_signed(client: VlmClient) -> None:
-    request = judging_request(LARGE_RED, VOCABULARY, "dermoscopy", None)
+    request = judging_request(LARGE_RED, QUESTIONS, FRAMING, None)
     async with client:
         answer = await client.ask(request, parse_proposals)
     assert answer.usage.input_tokens > 300
@@ -107,16 +141,16 @@ async def test_tokens_are_counted_and_the_answer_is_signed(client: VlmClient) ->
 
 
 async def test_an_answer_over_the_limit_is_cut_off(client: VlmClient) -> None:
-    request = judging_request(LARGE_RED, VOCABULARY, "dermoscopy", 16)
+    request = judging_request(LARGE_RED, QUESTIONS, FRAMING, 16)
     async with client:
-        answer = await client.ask(request, lambda text: parse_judgements(text, VOCABULARY.ids))
+        answer = await client.ask(request, lambda text: parse_judgements(text, QUESTIONS))
     assert answer.fault is FaultCode.CUT_OFF
 
 
 async def test_a_wrong_model_is_a_404(server: str, tmp_path: Path) -> None:
     async with VlmClient(VlmSettings(base_url=server, model="gpt-nonsense"), None, Journal(tmp_path)) as client:
         with pytest.raises(EndpointError, match="gpt-nonsense"):
-            await client.ask(judging_request(LARGE_RED, VOCABULARY, "x", None), parse_proposals)
+            await client.ask(judging_request(LARGE_RED, QUESTIONS, FRAMING, None), parse_proposals)
 
 
 @pytest.mark.parametrize(

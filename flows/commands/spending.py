@@ -1,0 +1,54 @@
+"""Before anything is sent: what it takes is shown, what cannot work is refused, and money is asked for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import typer
+
+from annotation.vlm.preflight import price_of, require_room_in_cap
+from data_contracts.errors import ConfigurationError, ExitCode
+from flows.chain import Context
+from flows.commands.common import OUTCOME
+from flows.settings import Settings
+from flows.steps.concepts import estimate_proposing
+from flows.steps.judge import check_configuration, estimate_judging, price_words
+
+
+def show_estimate(context: Context) -> None:
+    """What will be sent, model by model; raises `ConfigurationError` where a cap or a key makes it impossible."""
+    proposing, priced = estimate_proposing(context), estimate_judging(context)
+    if proposing.requests:
+        context.console.say(
+            f"proposing concepts: {proposing.requests} requests with {proposing.images_sent} images in all, "
+            f"price {price_words(proposing, price_of(context.settings.vlm))}"
+        )
+    for line in (line for work in priced for line in work.lines()):
+        context.console.say(line)
+    OUTCOME.content["estimate"] = {"proposing": asdict(proposing), "judging": [work.as_dict() for work in priced]}
+    require_room_in_cap(context.settings.vlm, proposing.most_usd_per_request)
+    check_configuration(context, priced)
+
+
+def confirm(context: Context, *, yes: bool) -> None:
+    """Show the estimate, and ask before an endpoint on another machine is used.
+
+    Raises:
+        ConfigurationError: something cannot work, or there is no terminal to ask and no --yes.
+        typer.Exit: the answer was no.
+    """
+    show_estimate(context)
+    if yes or not may_cost_money(context.settings):
+        return
+    if not sys.stdin.isatty():
+        raise ConfigurationError(
+            "The endpoint may cost money and there is no terminal to ask.", remedy="Give --yes to go on."
+        )
+    if not typer.confirm("Go on?", err=True):
+        raise typer.Exit(ExitCode.RESUMABLE)
+
+
+def may_cost_money(settings: Settings) -> bool:
+    """Whether images leave this machine."""
+    return not all(endpoint.is_loopback for endpoint in settings.vlm.endpoints)
