@@ -105,6 +105,10 @@ class SentImage:
         digest.update(self.pixels.tobytes())
         return digest.hexdigest()
 
+    def encode(self) -> None:
+        """Make `encoded` now: it takes a while."""
+        _ = self.encoded
+
     @cached_property
     def encoded(self) -> bytes:
         """Fresh bytes without any metadata."""
@@ -167,6 +171,7 @@ class Asking:
                     found |= {ask: _Found(fault=FaultCode.NOT_ANSWERED) for ask in group}
                     continue
                 cells = [self._cell(ask, image, attempt) for ask in group]
+                await asyncio.to_thread(image.encode)
                 record = await self.client.send(self._request(image, group, attempt), cells)
                 sent.append(record)
                 if isinstance(record, Record):
@@ -198,7 +203,8 @@ class Asking:
                 answers = [(f.verdicts[concept_id], f) for ask, f in mine.items() if concept_id in f.verdicts]
                 lacking = next((f for ask, f in mine.items() if concept_id in ask.concept_ids and f.code), None)
                 result[concept_id] = _agreed(answers, lacking, self.client.settings)
-            if self._by_logprobs and question.attribute is not None:
+            is_one_answer = not self._by_logprobs and self.client.settings.samples == 1
+            if question.attribute is not None and not is_one_answer:
                 result |= _as_exclusive({c: result[c] for c in question.concept_ids})
         return result
 
@@ -306,8 +312,8 @@ class _Task:
 
     def _prepared(self, image_id: str) -> SentImage:
         image = SentImage.of(self.read(image_id), self.client.settings)
-        # Hashed and encoded here, on a thread, and not while others wait on the event loop.
-        _ = image.sha256, image.encoded
+        # Hashed here, on a thread, and not while others wait on the event loop.
+        _ = image.sha256
         return image
 
     def _ledger_rows(self, image_id: str, verdicts: Mapping[str, tuple[Verdict, _Found]]) -> Rows:
@@ -353,17 +359,19 @@ def _agreed(
 
 
 def _as_exclusive(verdicts: Mapping[str, tuple[Verdict, _Found]]) -> dict[str, tuple[Verdict, _Found]]:
-    """Probabilities of values that exclude each other cannot add up to more than one."""
+    """Verdicts on values that exclude each other: together at most 1, and at most one of them present."""
     total = sum(v.probability or 0.0 for v, _ in verdicts.values())
     if total <= 1:
         return dict(verdicts)
     best = max(verdicts, key=lambda c: verdicts[c][0].probability or 0.0)
-    return {
-        c: (v, f)
-        if v.probability is None
-        else (replace(v, probability=v.probability / total, state=v.state if c == best else State.ABSENT), f)
-        for c, (v, f) in verdicts.items()
-    }
+    return {c: (_beside(v, total, is_best=c == best), f) for c, (v, f) in verdicts.items()}
+
+
+def _beside(verdict: Verdict, total: float, *, is_best: bool) -> Verdict:
+    if verdict.probability is None:
+        return verdict
+    is_beaten = verdict.state is State.PRESENT and not is_best
+    return replace(verdict, probability=verdict.probability / total, state=State.ABSENT if is_beaten else verdict.state)
 
 
 def _frame(images: Sequence[Rows]) -> pd.DataFrame:

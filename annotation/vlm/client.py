@@ -11,7 +11,6 @@ import asyncio
 import base64
 import json
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -23,7 +22,7 @@ from pydantic import BaseModel, SecretStr
 
 from annotation.vlm.budget import Budget
 from annotation.vlm.estimate import most_usage
-from annotation.vlm.gate import ATTEMPT, Attempt, Gate, Stopped, counted_usage, usd
+from annotation.vlm.gate import ATTEMPT, SECONDS, Attempt, Gate, Stopped, counted_usage, usd
 from annotation.vlm.journal import Journal, Record, utc_now
 from annotation.vlm.pace import Pace
 from annotation.vlm.prices import Price
@@ -244,12 +243,11 @@ class VlmClient:
 
     async def _complete(self, request: VlmRequest) -> Completion:
         """The endpoint's answer; `ValueError` when a success status brings no completion."""
-        started_s = time.monotonic()
         # As plain bytes: the typed method would walk through every character of the images again.
         body = json.dumps(self.arguments(request), ensure_ascii=False).encode()
         response = await self._openai.post("/chat/completions", cast_to=httpx2.Response, content=body)
         completion = Completion.model_validate_json(response.content)
-        completion.seconds = time.monotonic() - started_s
+        completion.seconds = float(response.extensions.get(SECONDS, 0.0))
         return completion
 
     async def _guarded(self, call: Awaitable[T]) -> T | FaultCode:

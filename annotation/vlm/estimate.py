@@ -33,7 +33,7 @@ def most_usage(request: VlmRequest, settings: VlmSettings, tokens_per_image: int
     side_px = settings.side_px
     formula = image_tokens(settings.model, side_px, side_px)
     per_image = formula if tokens_per_image is None else tokens_per_image
-    return Usage(text_tokens(sum(map(len, texts))) + n_images * per_image, request.max_output_tokens)
+    return Usage(text_tokens(sum(map(_characters, texts))) + n_images * per_image, request.max_output_tokens)
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ def estimate(
         seconds=_seconds(n_requests, at_most, settings, answer_s),
         most_usd_per_request=None if price is None else max((_usd(m, settings, price) or 0.0 for m in most), default=0),
     )
+
+
+def _characters(text: str) -> int:
+    """The length of a text, with what is not ASCII counted for its bytes: tokenizers cut it finer."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _total(usages: Sequence[Usage], n_each: Sequence[int]) -> Usage:

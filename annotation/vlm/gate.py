@@ -25,6 +25,9 @@ from annotation.vlm.prices import Price
 from annotation.vlm.schema import Usage
 from data_contracts.errors import ConfigurationError, MedMicnError
 
+SECONDS = "seconds"
+"""The extension of an answer that holds how long its last attempt took, without any waiting before it."""
+
 MAX_ANSWER_BYTES = 16 * 2**20
 _PATIENCE_S = 60.0
 """How long a "too many" without a usable `Retry-After` holds everybody back, at most."""
@@ -84,6 +87,8 @@ class Gate(httpx2.AsyncBaseTransport):
         self._price = price
         self._timeout_s = timeout_s
         self._only_host = only_host
+        self._dearer = 1.0
+        """How much dearer than foreseen an answer has been: what is set aside for the next ones grows with it."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """The whole answer; raises what the inner transport raises, and `Stopped`."""
@@ -99,7 +104,8 @@ class Gate(httpx2.AsyncBaseTransport):
         await self._inner.aclose()
 
     async def _send_within_caps(self, request: httpx2.Request, most: Usage) -> httpx2.Response:
-        most_usd = usd(most, self._price)
+        foreseen_usd = usd(most, self._price)
+        most_usd = foreseen_usd * self._dearer
         try:
             await self._budget.reserve(most_usd)
         except MedMicnError as error:
@@ -120,8 +126,11 @@ class Gate(httpx2.AsyncBaseTransport):
                 self._budget.settle(most_usd, most_usd, is_lost=True)
                 settled = True
                 raise
-            self._budget.settle(most_usd, usd(_billed(response, most), self._price))
+            billed_usd = usd(_billed(response, most), self._price)
+            self._budget.settle(most_usd, billed_usd)
             settled = True
+            if billed_usd > most_usd:
+                self._dearer = billed_usd / foreseen_usd
         finally:
             if not settled:
                 self._budget.release(most_usd)
@@ -132,6 +141,7 @@ class Gate(httpx2.AsyncBaseTransport):
         """The answer with its whole body, within the time and the size that an answer may have."""
         transfer = TRANSFER.get()
         timeout_s = self._timeout_s if transfer is None else transfer.timeout_s
+        started_s = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._inner.handle_async_request(request)
@@ -146,7 +156,9 @@ class Gate(httpx2.AsyncBaseTransport):
             raise httpx2.ReadTimeout(f"no whole answer within {timeout_s:g} s", request=request) from error
         # The body is decoded by now, so these no longer describe it.
         headers = [(k, v) for k, v in response.headers.multi_items() if k.lower() not in _OF_THE_BODY]
-        return httpx2.Response(response.status_code, headers=headers, content=body, request=request)
+        answer = httpx2.Response(response.status_code, headers=headers, content=body, request=request)
+        answer.extensions[SECONDS] = time.monotonic() - started_s
+        return answer
 
     def _tell_pace(self, response: httpx2.Response, left_at_s: float) -> None:
         if response.status_code == httpx2.codes.TOO_MANY_REQUESTS:

@@ -19,7 +19,10 @@ _BACK_TO = 0.7
 """Part of the rate just seen at which sending goes on after a "too many"."""
 _FASTER = 0.985
 """By this factor the extra gap between requests shrinks with every answer."""
+_FASTER_FROM_GUESS = 0.5
+"""The same for a gap that is a guess, since nothing had been answered just before it grew."""
 _FIRST_GAP_S = 0.25
+_LEAST_GUESSED_S = 1.0
 _MOST_GAP_S = 60.0
 _NO_GAP_S = 0.002
 
@@ -39,6 +42,7 @@ class Pace:
         self._s_per_token = 60.0 / tokens_per_minute if tokens_per_minute else 0.0
         self.max_wait_s = max_wait_s
         self._gap_s = 0.0
+        self._is_guess = False
         self._free_at_s = 0.0
         self._held_until_s = 0.0
         self._taken_until_s = 0.0
@@ -74,7 +78,8 @@ class Pace:
         with self._lock:
             self._answered_at_s.append(time.monotonic())
             self._refused_since_s = None
-            self._gap_s = self._gap_s * _FASTER if self._gap_s > _NO_GAP_S else 0.0
+            shrinks = _FASTER_FROM_GUESS if self._is_guess else _FASTER
+            self._gap_s = self._gap_s * shrinks if self._gap_s > _NO_GAP_S else 0.0
 
     def told_to_wait(self, seconds: float, left_at_s: float) -> None:
         """The endpoint said "too many" to what left then: nobody leaves before `seconds` are over, then more slowly."""
@@ -84,7 +89,7 @@ class Pace:
                 self._refused_since_s = now_s
             # Many attempts in flight are refused together: they are one event.
             if left_at_s > self._slowed_at_s:
-                self._gap_s = self._slower_gap_s(now_s)
+                self._gap_s = self._slower_gap_s(now_s, seconds)
                 self._slowed_at_s = now_s
             until_s = now_s + seconds
             if until_s > self._held_until_s:
@@ -103,10 +108,14 @@ class Pace:
         """Seconds between two requests that the endpoint's refusals have led to."""
         return self._gap_s
 
-    def _slower_gap_s(self, now_s: float) -> float:
+    def _slower_gap_s(self, now_s: float, asked_s: float) -> float:
         recent = [t for t in self._answered_at_s if now_s - t <= _WATCHED_S]
-        if len(recent) < 2:
-            return min(_MOST_GAP_S, max(2 * self._gap_s, _FIRST_GAP_S))
+        self._is_guess = len(recent) < 2
+        if self._is_guess:
+            # Never far beyond what the endpoint asks for: doubled through minutes of refusals, the gap would go on to
+            # hold everybody back for hours after the endpoint is well again.
+            longer_s = min(2 * self._gap_s, max(asked_s, _LEAST_GUESSED_S))
+            return min(_MOST_GAP_S, max(_FIRST_GAP_S, self._gap_s, longer_s))
         seen_per_s = len(recent) / max(now_s - recent[0], 1e-3)
         return min(_MOST_GAP_S, max(1 / (_BACK_TO * seen_per_s), self._gap_s))
 

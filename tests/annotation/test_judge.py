@@ -705,3 +705,13 @@ async def test_missing_requests_of_an_unreadable_image_are_refused(read: Any, cl
     async with client_of(Endpoint()) as client:
         with pytest.raises(ImageRejected):
             missing_requests("broken-1", QUESTIONS, read, client, SKIN)
+
+
+async def test_what_the_journal_knows_is_not_even_encoded(
+    read: Any, make_embedded: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_embedded() as client:
+        await judge(IDS, QUESTIONS, read, client, SKIN)
+    monkeypatch.setattr("annotation.judge.encode", lambda *_args, **_options: pytest.fail("an image was encoded"))
+    async with make_embedded() as client:
+        assert (await judge(IDS, QUESTIONS, read, client, SKIN)).n_from_journal == len(IDS)

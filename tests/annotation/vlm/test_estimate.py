@@ -97,3 +97,8 @@ def test_nothing_to_do_costs_nothing() -> None:
         found = estimate(works, remote(), PRICE)
         assert (found.requests, found.input_tokens, found.cost_usd, found.seconds) == (0, 0, 0, 0)
         assert found.most_usd_per_request == 0
+
+
+def test_what_is_not_ascii_is_counted_for_more_than_its_characters() -> None:
+    plain, umlauts = (VlmRequest("s", (c * 700,), "n", None, 100) for c in ("e", "細"))
+    assert most_usage(umlauts, remote()).input_tokens > 2.5 * most_usage(plain, remote()).input_tokens

@@ -108,6 +108,22 @@ async def test_tokens_that_are_not_told_are_counted_as_the_most_they_may_be(
         assert client.budget.spent == Spent(1, most_usd(question, client), 0.0)
 
 
+async def test_after_a_dearer_answer_than_foreseen_more_is_set_aside(
+    make_client: Make, scripted: Any, answer: Any, question: VlmRequest, good: str
+) -> None:
+    async with make_client(scripted(good), price=PRICE) as client:
+        foreseen_usd = most_usd(question, client)
+    # An endpoint that bills three times what the formula says: after one such answer a second does not fit any more.
+    n_input = int(3 * foreseen_usd / PRICE.input_usd_per_token)
+    dear = answer(good, usage={"prompt_tokens": n_input, "completion_tokens": 0})
+    endpoint = scripted(dear)
+    async with make_client(endpoint, price=PRICE, max_cost_usd=4.5 * foreseen_usd) as client:
+        await client.send(question)
+        with pytest.raises(BudgetReached):
+            await client.send(question)
+    assert len(endpoint.sent) == 1
+
+
 async def test_one_who_is_cancelled_while_waiting_for_its_turn_was_not_sent(
     make_client: Make, scripted: Any, question: VlmRequest, good: str
 ) -> None:
