@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from annotation.vlm.client import VlmClient, is_asked_once_more, usable_text, wi
 from annotation.vlm.journal import Record
 from annotation.vlm.questions import Question, in_chunks
 from annotation.vlm.schema import (
+    UNDECIDED,
     AnswerFault,
     FaultCode,
     Usage,
@@ -26,13 +27,14 @@ from annotation.vlm.schema import (
     verdict_of_yes_no,
 )
 from annotation.vlm.settings import JPEG_QUALITY, VlmSettings
-from data_contracts.errors import ImageRejected
+from data_contracts.errors import ImageRejected, MedMicnError
 from data_contracts.pixels import encode, shrink
 from data_contracts.ports import Advance, PixelReader, Pixels, ignore_progress
 from data_contracts.tables import JUDGEMENTS, ProbabilitySource, State, Witness
 
 Rows = list[dict[str, Any]]
 
+_NOTING_DOWN_S = 1.0
 _VALUE = {State.PRESENT: 1.0, State.ABSENT: 0.0, State.UNCERTAIN: 0.5}
 
 
@@ -61,18 +63,24 @@ async def judge(
     *,
     advance: Advance = ignore_progress,
     journal_only: bool = False,
+    keep: Callable[[pd.DataFrame], object] | None = None,
 ) -> Judged:
     """Judgements of all images, in the order of `image_ids`.
 
     Only `concurrency` images are in memory at once. The question never holds a label, a class or a file name. What
     the journal knows is not asked again; a question whose answer is unusable is asked once more, alone with others
     of its kind, and then left `not_assessed` with the reason as evidence. With `journal_only` nothing is sent. Raises
-    what `VlmClient.send` raises; what was answered until then is in the journal.
+    what `VlmClient.send` raises, after what was sent has been answered and journalled; `keep` then gets the rows of
+    the images that were judged until there.
     """
     task = _Task(questions, read, client, framing, advance, journal_only)
-    await task.run(enumerate(image_ids))
-    rows = [rows for _, rows in sorted(task.rows.items())]
-    return Judged(_frame(rows), sorted(task.failures), task.n_from_journal, task.n_requests, task.usage)
+    try:
+        await task.run(enumerate(image_ids))
+    except MedMicnError:
+        if keep is not None:
+            keep(task.frame())
+        raise
+    return Judged(task.frame(), sorted(task.failures), task.n_from_journal, task.n_requests, task.usage)
 
 
 def missing_requests(
@@ -152,7 +160,10 @@ class Asking:
         self.client = client
         self.framing = framing
         self.questions = tuple(questions)
-        self.asked = {q.question_id: asked_sha256(q, framing, client.settings.parameters) for q in questions}
+        settings = client.settings
+        self.asked = {q.question_id: asked_sha256(q, framing, settings.judging_parameters) for q in questions}
+        # One answer is the same answer however many are asked for.
+        self._of_one_answer = {q.question_id: asked_sha256(q, framing, settings.parameters) for q in questions}
         self._by_logprobs = client.settings.probability == "logprobs"
         self._asks = tuple(self._all_asks())
 
@@ -216,7 +227,7 @@ class Asking:
                 yield from (_Ask(question, question.concept_ids, k) for k in range(self.client.settings.samples))
 
     def _cell(self, ask: _Ask, image: SentImage, attempt: int) -> str:
-        return ask.cell(image, self.asked[ask.question.question_id], attempt)
+        return ask.cell(image, self._of_one_answer[ask.question.question_id], attempt)
 
     def _known(self, image: SentImage, asks: Sequence[_Ask], attempt: int) -> dict[_Ask, _Found]:
         cells = {ask: self._cell(ask, image, attempt) for ask in asks}
@@ -284,10 +295,19 @@ class _Task:
         workers = [asyncio.create_task(self._work(numbered)) for _ in range(n_workers)]
         try:
             await asyncio.gather(*workers)
+        except MedMicnError as error:
+            await self.client.finish_sent(error)
+            # One more turn for each of them to note down what came.
+            await asyncio.wait(workers, timeout=_NOTING_DOWN_S)
+            raise
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+
+    def frame(self) -> pd.DataFrame:
+        """The ledger's rows so far, images in order."""
+        return _frame([rows for _, rows in sorted(self.rows.items())])
 
     async def _work(self, numbered: Iterator[tuple[int, str]]) -> None:
         for number, image_id in numbered:
@@ -368,10 +388,13 @@ def _as_exclusive(verdicts: Mapping[str, tuple[Verdict, _Found]]) -> dict[str, t
 
 
 def _beside(verdict: Verdict, total: float, *, is_best: bool) -> Verdict:
+    """The verdict with its part of the whole; its state is what that part says."""
     if verdict.probability is None:
         return verdict
-    is_beaten = verdict.state is State.PRESENT and not is_best
-    return replace(verdict, probability=verdict.probability / total, state=State.ABSENT if is_beaten else verdict.state)
+    part = verdict.probability / total
+    low, high = UNDECIDED
+    state = State.PRESENT if is_best and part > high else State.ABSENT if part < low else State.UNCERTAIN
+    return replace(verdict, probability=part, state=state)
 
 
 def _frame(images: Sequence[Rows]) -> pd.DataFrame:

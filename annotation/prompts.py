@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,7 @@ def judging_request(
         concepts="[\n" + ",\n".join(_json(q.as_json()) for q in questions) + "\n]",
     )
     limit = max_output_tokens or _TOKENS_AROUND + _TOKENS_PER_VERDICT * len(questions)
-    parts = (text, *_shown(framing.examples, questions), image)
+    parts = (text, *_shown(framing.examples, questions, _in_json), image)
     return VlmRequest(_OBSERVER, parts, "judgements", judgement_schema(questions), limit)
 
 
@@ -107,7 +107,7 @@ def yes_no_request(image: bytes, concept: Concept, framing: Framing) -> VlmReque
     """Whether one concept can be seen, to be answered in one word whose log-probabilities are the answer."""
     question = Question(concept.concept_id, (concept,))
     text = _YES_NO.format(**_frame(framing), concept=_json(question.as_json()))
-    parts = (text, *_shown(framing.examples, [question]), image)
+    parts = (text, *_shown(framing.examples, [question], _in_one_word), image)
     return VlmRequest(_ONE_WORD_OBSERVER, parts, "yes_or_no", None, _YES_NO_TOKENS, top_logprobs=_TOP_LOGPROBS)
 
 
@@ -132,18 +132,25 @@ def _frame(framing: Framing) -> dict[str, str]:
     }
 
 
-def _shown(examples: Sequence[Example], questions: Sequence[Question]) -> Iterator[str | bytes]:
-    """Each example that says something of these questions, its answers before its image."""
-    told = [(example, _answers(example, questions)) for example in examples]
+def _shown(
+    examples: Sequence[Example], questions: Sequence[Question], answer: Callable[[Example, Sequence[Question]], str]
+) -> Iterator[str | bytes]:
+    """Each example that says something of these questions, its answers before its image, in the form that is wanted."""
+    told = [(example, answer(example, questions)) for example in examples]
     for example, answers in told:
         if answers:
-            yield f"{EXAMPLE_MARK} {_json(answers)}"
+            yield f"{EXAMPLE_MARK} {answers}"
             yield example.image
     if any(answers for _, answers in told):
         yield IMAGE_MARK
 
 
-def _answers(example: Example, questions: Sequence[Question]) -> dict[str, dict[str, str]]:
+def _in_one_word(example: Example, questions: Sequence[Question]) -> str:
+    state = example.states.get(questions[0].concept_ids[0])
+    return "" if state is None else "yes" if state is State.PRESENT else "no"
+
+
+def _in_json(example: Example, questions: Sequence[Question]) -> str:
     answers: dict[str, dict[str, str]] = {}
     for question in questions:
         told = {c: example.states[c] for c in question.concept_ids if c in example.states}
@@ -151,7 +158,7 @@ def _answers(example: Example, questions: Sequence[Question]) -> dict[str, dict[
             answers[question.question_id] = {"state": told[question.concept_ids[0]].value}
         elif chosen := [c for c, state in told.items() if state is State.PRESENT]:
             answers[question.question_id] = {"choice": chosen[0]}
-    return answers
+    return _json(answers) if answers else ""
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from annotation.vlm.schema import FaultCode, Proposal, VlmRequest, parse_proposa
 from annotation.vlm.settings import JPEG_QUALITY
 from annotation.wording import mentions
 from data_contracts.concepts import slug
-from data_contracts.errors import ImageRejected, StepFailed
+from data_contracts.errors import ImageRejected, MedMicnError, StepFailed
 from data_contracts.pixels import encode
 from data_contracts.ports import PixelReader, TextEmbedder
 from data_contracts.tables import CONCEPTS, ConceptOrigin, ConceptStatus
@@ -89,7 +89,7 @@ async def propose(
     options = options or ProposeOptions()
     questions = _plan(samples, options)
     encoded = await _encoded({i: None for q in questions for i in (*q.image_ids, *q.other_ids)}, read, client)
-    found = await _all(_ask(q, encoded, client, modality, options) for q in questions)
+    found = await _all((_ask(q, encoded, client, modality, options) for q in questions), client)
     answers = []
     for question, proposals in zip(questions, found, strict=True):
         if isinstance(proposals, FaultCode):
@@ -121,9 +121,10 @@ def planned_requests(
     ]
 
 
-def images_per_request(n_samples: Mapping[str, int], options: ProposeOptions) -> list[int]:
-    """How many images each request of `propose` would show, one number a request, before anything is read or sent."""
-    return [sum(isinstance(part, bytes) for part in r.parts) for r in planned_requests(n_samples, "", options)]
+def most_concepts(n_samples: Mapping[str, int], options: ProposeOptions) -> int:
+    """How many concepts `propose` can bring at most, if no two of them are alike."""
+    samples = {name: [f"{name}/{i}" for i in range(n)] for name, n in n_samples.items()}
+    return sum(question.n_concepts for question in _plan(samples, options) if question.image_ids)
 
 
 def class_pairs(class_names: Sequence[str], options: ProposeOptions) -> list[tuple[str, str]]:
@@ -213,11 +214,14 @@ def _encode(image_id: str, read: PixelReader, client: VlmClient) -> bytes:
     return encode(read(image_id), settings.side_px, settings.encoding, jpeg_quality=JPEG_QUALITY)
 
 
-async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all calls give; the first error ends the others, so that nothing more is sent and paid for."""
+async def _all(calls: Iterable[Coroutine[Any, Any, T]], client: VlmClient) -> list[T]:
+    """What all calls give; after the first error nothing more is sent, and what was sent is waited for."""
     tasks = [asyncio.create_task(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
+    except MedMicnError as error:
+        await client.finish_sent(error)
+        raise
     finally:
         for task in tasks:
             task.cancel()

@@ -35,7 +35,7 @@ from flows import console as consoles  # noqa: E402
 from flows import summary  # noqa: E402
 from flows.chain import SHARDS_AT_ONCE, Context, Shard, ShardWork, Step, StepReport, execute  # noqa: E402
 from flows.offline import enforce  # noqa: E402
-from flows.settings import Settings, resolve  # noqa: E402
+from flows.settings import Settings, restored  # noqa: E402
 from flows.steps import STEPS, begin, chain_for  # noqa: E402
 
 _RETRY_DELAYS_S: list[float] = [5.0, 30.0, 120.0]
@@ -83,7 +83,7 @@ def annotate_then_train(
         config: resolved settings, as `Settings.model_dump(mode="json")`.
         last_step: stop after this step; None: all steps that the source allows.
     """
-    settings = enforce(resolve(None, stored=config))
+    settings = enforce(restored(config))
     context = Context(begin(Path(source), RunFolder(run), settings), settings, consoles.shared())
     reports = _run_chain(context, last_step)
     _publish(context)
@@ -166,7 +166,7 @@ def _publish(context: Context) -> None:
 
 
 def _context(run: str, config: dict[str, Any]) -> Context:
-    return Context(RunFolder(run), enforce(resolve(None, stored=config)), consoles.shared())
+    return Context(RunFolder(run), enforce(restored(config)), consoles.shared())
 
 
 def _task_runner(settings: Settings) -> TaskRunner[Any]:

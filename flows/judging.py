@@ -13,7 +13,8 @@ import pandas as pd
 import pyarrow as pa
 
 from annotation.prompts import Example, Framing, asked_sha256, judging_request, yes_no_request
-from annotation.vlm.estimate import Work
+from annotation.vlm.client import VlmClient
+from annotation.vlm.estimate import Estimate, Work, estimate
 from annotation.vlm.questions import Question, in_chunks, questions_of
 from annotation.vlm.settings import JPEG_QUALITY, VlmSettings
 from data_contracts.concepts import Vocabulary
@@ -61,7 +62,7 @@ class WitnessPlan:
     def asked(self, *, plain: bool) -> dict[str, str]:
         """Concept id → hash of all that is asked about it."""
         framing = self.framing(plain=plain)
-        by_question = {q: asked_sha256(q, framing, self.settings.parameters) for q in self.questions}
+        by_question = {q: asked_sha256(q, framing, self.settings.judging_parameters) for q in self.questions}
         return {concept_id: sha for q, sha in by_question.items() for concept_id in q.concept_ids}
 
     @cached_property
@@ -121,6 +122,10 @@ class OpenWork:
             shared = {"witness": witness, "plain": plain, "questions": [q.question_id for q in questions]}
             for i in range(0, len(image_ids), size):
                 yield shared | {"image_ids": image_ids[i : i + size]}
+
+    def estimate(self, client: VlmClient) -> Estimate:
+        """What this takes, as far as the client knows its endpoint."""
+        return estimate(self.works(), self.plan.settings, client.price, tokens_per_image=client.image_tokens)
 
     def works(self) -> Iterator[Work]:
         """The requests this takes, by kind, for an estimate."""

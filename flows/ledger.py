@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from data_contracts.concepts import Vocabulary
 from data_contracts.store import RunFolder
-from data_contracts.tables import ConceptOrigin, ConceptStatus, DropReason
+from data_contracts.tables import ConceptOrigin, ConceptStatus, DropReason, vocabulary_of
 
 # A judgement with all of these equal says the same thing again.
 _SAME = ["image_id", "concept_id", "witness", "witness_model", "prompt_sha256", "state", "probability", "request_id"]
@@ -41,6 +42,12 @@ def asked_concepts(concepts: pd.DataFrame) -> pd.DataFrame:
     """
     unseen = concepts["reason"] == DropReason.NOT_SEEN_IN_ANY_IMAGE
     return concepts.assign(status=concepts["status"].mask(unseen, ConceptStatus.KEPT))
+
+
+def asked_vocabulary(run: RunFolder) -> Vocabulary:
+    """Concepts the models are asked for: all but those whose labels came with the data."""
+    concepts = asked_concepts(run.read_concepts())
+    return vocabulary_of(concepts[concepts["origin"] != ConceptOrigin.GIVEN])
 
 
 def was_given(concepts: pd.DataFrame) -> bool:

@@ -218,13 +218,16 @@ def resolve(
         section, _, key = dotted.partition(".")
         given = _merged(given, {section: {key: value}})
     content = _merged(_still_meant(dict(stored or {}), given), given)
-    try:
-        return Settings.model_validate(content)
-    except ValidationError as error:
-        raise ConfigurationError(
-            "; ".join(_fault(e["loc"], e["msg"], e.get("input")) for e in error.errors()),
-            remedy="`medmicn config` lists every key with its meaning.",
-        ) from error
+    return _validated(content)
+
+
+def restored(config: Mapping[str, Any] | None) -> Settings:
+    """Settings exactly as they were resolved elsewhere (`model_dump`): no file of this folder is read over them.
+
+    Raises:
+        ConfigurationError: a key or value is not accepted.
+    """
+    return _validated(config or {})
 
 
 def remembered(settings: Settings) -> dict[str, Any]:
@@ -311,6 +314,16 @@ def _meanings(model: type[BaseModel]) -> dict[str, str]:
                 assert isinstance(text.value, ast.Constant)
                 found[field.target.id] = " ".join(str(text.value.value).split())
     return found
+
+
+def _validated(content: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise ConfigurationError(
+            "; ".join(_fault(e["loc"], e["msg"], e.get("input")) for e in error.errors()),
+            remedy="`medmicn config` lists every key with its meaning.",
+        ) from error
 
 
 def _still_meant(stored: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

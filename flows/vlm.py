@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from annotation.vlm.budget import Budget, Spent
@@ -38,6 +38,7 @@ class VlmSession:
         self._endpoints = context.settings.vlm.endpoints
         self._clients: dict[int, VlmClient] = {}
         self._kept: dict[str, Any] = {}
+        self._asked: set[asyncio.Task[Any]] = set()
         self._is_closed = False
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -66,7 +67,13 @@ class VlmSession:
         client = self.client(witness)
 
         async def awaited() -> T:
-            return await ask(client)
+            task = asyncio.current_task()
+            assert task is not None
+            self._asked.add(task)
+            try:
+                return await ask(client)
+            finally:
+                self._asked.discard(task)
 
         with self._lock:
             if self._is_closed:
@@ -93,10 +100,14 @@ class VlmSession:
         release_models()
 
     async def _close(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        if any(client.is_stopping for client in self._clients.values()) and self._asked:
+            # A clean stop: the other shards, too, wait for what they have sent, since it is paid for.
+            await asyncio.wait(set(self._asked), timeout=max(c.settings.timeout_s for c in self._clients.values()))
+        # What was asked ends its own parts, in order. Torn out one by one, a part that has not begun would leave a
+        # coroutine behind that nobody awaits.
+        await _cancelled(self._asked)
+        # Parts of what had failed before.
+        await _cancelled(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
         for client in self._clients.values():
             await client.raw.close()
 
@@ -188,6 +199,19 @@ def ready(context: Context, session: VlmSession, witness: int, expected: Estimat
     return client
 
 
+def require_models(context: Context) -> None:
+    """Raise `ConfigurationError` or `EndpointError` for an endpoint that cannot be used; nothing costly is sent."""
+    remote = [w for w, endpoint in enumerate(context.settings.vlm.endpoints) if endpoint.is_remote]
+    if not remote:
+        return
+    session = SESSIONS.begin(context)
+    try:
+        for witness in remote:
+            session.call(require_model, witness)
+    finally:
+        SESSIONS.end(context)
+
+
 def stored_capabilities(context: Context, endpoint: VlmSettings) -> Capabilities | None:
     """What an earlier probe of this endpoint found; None where there was none, or one with other settings."""
     content = context.run.read_manifest().endpoints.get(endpoint_name(endpoint))
@@ -206,6 +230,14 @@ def _store(context: Context, found: Capabilities) -> None:
     manifest = context.run.read_manifest()
     manifest.endpoints[f"{found.model} at {found.base_url}"] = found.as_dict()
     context.run.write_manifest(manifest)
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Return once all of these have ended."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
 
 
 def _stopped() -> MedMicnError:

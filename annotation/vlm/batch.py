@@ -181,7 +181,7 @@ class Batches:
             self._folder.save(submission)
         except BaseException:
             file.remove()
-            self._client.budget.release(self._usd(file.most), n_requests=file.n_requests)
+            self._client.budget.release_many(file.n_requests, self._usd(file.most))
             raise
         self._pending[submission.submission_id] = submission
         self._reserved.add(submission.submission_id)
@@ -311,12 +311,12 @@ class Batches:
         budget, n_tried = self._client.budget, intake.n_answers + len(intake.in_vain)
         if submission.submission_id in self._reserved:
             self._reserved.discard(submission.submission_id)
-            budget.release(0.0, n_requests=submission.n_requests - n_tried)
-            budget.settle(submission.most_usd, intake.billed_usd, n_requests=n_tried)
+            budget.release_many(submission.n_requests - n_tried, 0.0)
+            budget.settle_many(n_tried, submission.most_usd, intake.billed_usd)
         else:
-            budget.settle(0.0, intake.billed_usd, n_requests=0)
+            budget.settle_many(0, 0.0, intake.billed_usd)
         if intake.lost_usd:
-            budget.settle(0.0, intake.lost_usd, is_lost=True, n_requests=0)
+            budget.settle_many(0, 0.0, intake.lost_usd, is_lost=True)
 
     def _finish(self, submission: Submission, batch: RemoteBatch, intake: Intake) -> None:
         limit = _limit_told(submission, batch) if QUEUE_FULL in intake.failures else None
@@ -365,7 +365,7 @@ class Batches:
     def _release(self, submission: Submission) -> None:
         if submission.submission_id in self._reserved:
             self._reserved.discard(submission.submission_id)
-            self._client.budget.release(submission.most_usd, n_requests=submission.n_requests)
+            self._client.budget.release_many(submission.n_requests, submission.most_usd)
 
     async def _remove_pixels(self, submission: Submission) -> None:
         """Delete the uploaded requests: the endpoint has no more use for them."""

@@ -37,6 +37,8 @@ class Budget:
         self._maybe_usd = 0.0
         self._n_reserved = 0
         self._reserved_usd = 0.0
+        self._n_held = 0
+        """Of the reserved requests those of batches: they settle on another day, so nobody may wait for them."""
         self._lock = threading.Lock()
 
     @property
@@ -66,18 +68,30 @@ class Budget:
             if reached is not None:
                 raise self._stop(reached)
             self._take(n_requests, most_usd)
+            self._n_held += n_requests
 
-    def settle(self, most_usd: float, billed_usd: float, *, is_lost: bool = False, n_requests: int = 1) -> None:
+    def settle(self, most_usd: float, billed_usd: float, *, is_lost: bool = False) -> None:
         """Replace a reservation by what was billed; `is_lost`: it may have been, and no answer came."""
         with self._lock:
-            self._take(-n_requests, -most_usd)
-            self._n_requests += n_requests
-            self._usd += billed_usd
+            self._spend(1, most_usd, billed_usd)
             self._maybe_usd += billed_usd if is_lost else 0.0
 
-    def release(self, most_usd: float, *, n_requests: int = 1) -> None:
+    def settle_many(self, n_requests: int, most_usd: float, billed_usd: float, *, is_lost: bool = False) -> None:
+        """Replace the reservation of a batch, or a part of it, by what was billed."""
+        with self._lock:
+            self._n_held -= n_requests
+            self._spend(n_requests, most_usd, billed_usd)
+            self._maybe_usd += billed_usd if is_lost else 0.0
+
+    def release(self, most_usd: float) -> None:
         """Give a reservation back: the request was never sent."""
         with self._lock:
+            self._take(-1, -most_usd)
+
+    def release_many(self, n_requests: int, most_usd: float) -> None:
+        """Give the reservation of a batch back."""
+        with self._lock:
+            self._n_held -= n_requests
             self._take(-n_requests, -most_usd)
 
     def fits(self, n_requests: int, most_usd: float) -> bool:
@@ -91,9 +105,14 @@ class Budget:
             if reached is None:
                 self._take(n_requests, most_usd)
                 return True
-            if self._n_reserved == 0:
+            if self._n_reserved == self._n_held:
                 raise self._stop(reached)
             return False
+
+    def _spend(self, n_requests: int, most_usd: float, billed_usd: float) -> None:
+        self._take(-n_requests, -most_usd)
+        self._n_requests += n_requests
+        self._usd += billed_usd
 
     def _take(self, n_requests: int, usd: float) -> None:
         self._n_reserved += n_requests

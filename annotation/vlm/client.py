@@ -11,7 +11,8 @@ import asyncio
 import base64
 import json
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -29,7 +30,7 @@ from annotation.vlm.prices import Price
 from annotation.vlm.schema import AnswerFault, FaultCode, Usage, VlmRequest
 from annotation.vlm.settings import VlmSettings
 from annotation.vlm.transports import transport_for
-from data_contracts.errors import EndpointError
+from data_contracts.errors import EndpointError, MedMicnError
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ _MOST_FAULTS_IN_A_ROW = 10
 _ASKED_ONCE_MORE = {FaultCode.INVALID_JSON, FaultCode.WRONG_SCHEMA, FaultCode.CUT_OFF, FaultCode.EMPTY_ANSWER}
 _IN_PROCESS_TIMEOUT_S = 86_400.0
 _OUT_OF_MEMORY = 507
+_MOST_PAUSE_OF_OPENAI_S = 10.0
+"""The openai client rests up to eight seconds before it repeats a request."""
 _NO_KEY = "no-key-set"
 _NO_ORGANISATION: Any = {"OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit}
 
@@ -85,7 +88,8 @@ class VlmClient:
         self._slots = asyncio.Semaphore(settings.concurrency)
         # In this process a request waits for the others before it, as long as they take.
         timeout_s = settings.timeout_s if settings.is_remote else _IN_PROCESS_TIMEOUT_S
-        gate = Gate(
+        self._attempts: dict[asyncio.Task[Any], Attempt] = {}
+        self._gate = Gate(
             transport or transport_for(settings),
             budget=self.budget,
             pace=pace or pace_of(settings),
@@ -106,7 +110,7 @@ class VlmClient:
             base_url=settings.base_url if settings.is_remote else "http://in-process/v1",
             timeout=timeout_s,
             max_retries=settings.max_retries,
-            http_client=httpx2.AsyncClient(transport=gate, timeout=timeout_s),
+            http_client=httpx2.AsyncClient(transport=self._gate, timeout=timeout_s),
         )
         # No argument keeps the package from adding what the environment calls OPENAI_CUSTOM_HEADERS.
         self._openai._custom_headers = headers
@@ -155,15 +159,26 @@ class VlmClient:
         """
         async with self._slots:
             self.journal.require_room()
-            most = most_usage(request, self.settings, self.image_tokens)
-            completion = await self._complete_when_free(request, most)
-            if isinstance(completion, FaultCode):
-                self._breaker.failed(completion, self.settings)
-                return completion
+            attempt = Attempt(most_usage(request, self.settings, self.image_tokens))
+            with self._under_way(attempt):
+                completion = await self._complete_when_free(request, attempt)
+                if isinstance(completion, FaultCode):
+                    self._breaker.failed(completion, self.settings)
+                    return completion
+                record = self.record_of(completion, request, cells, attempt.most)
+                self.journal.put(record)
         self._breaker.answered()
-        record = self.record_of(completion, request, cells, most)
-        self.journal.put(record)
         return record
+
+    @contextmanager
+    def _under_way(self, attempt: Attempt) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._attempts[task] = attempt
+        try:
+            yield
+        finally:
+            del self._attempts[task]
 
     def key_of(self, request: VlmRequest) -> str:
         """The journal's key of a request to this endpoint."""
@@ -223,8 +238,23 @@ class VlmClient:
             **{name: value for name, value in optional.items() if value is not None},
         }
 
-    async def _complete_when_free(self, request: VlmRequest, most: Usage) -> Completion | FaultCode:
-        token = ATTEMPT.set(Attempt(most))
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing is sent any more."""
+        return self._gate.closed_by is not None
+
+    async def finish_sent(self, reason: MedMicnError) -> None:
+        """Send nothing more, and return when every request that has left is answered and journalled, or lost.
+
+        It is paid for, so it is waited for; whoever asks from now on meets `reason`.
+        """
+        self._gate.closed_by = self._gate.closed_by or reason
+        sent = [task for task, attempt in self._attempts.items() if attempt.has_left]
+        if sent:
+            await asyncio.wait(sent, timeout=self.settings.timeout_s + _MOST_PAUSE_OF_OPENAI_S)
+
+    async def _complete_when_free(self, request: VlmRequest, attempt: Attempt) -> Completion | FaultCode:
+        token = ATTEMPT.set(attempt)
         try:
             while True:
                 try:

@@ -28,7 +28,7 @@ from annotation.prompts import CONCEPTS_MARK, MODALITY_MARK
 from annotation.proposal_prompts import OTHERS_MARK
 from annotation.vlm.attributes import nouns_of
 from annotation.vlm.measure import Measurements, measure
-from annotation.vlm.questions import NONE_OF_THEM, UNCERTAIN_CHOICE
+from annotation.vlm.questions import NONE_OF_THEM, UNCERTAIN_CHOICE, free_name
 from annotation.vlm.reading import reading_of
 from annotation.vlm.select import select_concepts
 from annotation.vlm.settings import EMBEDDED_MODEL, MEASUREMENT_VERSION
@@ -156,8 +156,12 @@ def _choice(question: dict[str, Any], measured: Measurements) -> dict[str, Any]:
         return {"choice": best} | {name: verdicts[best][name] for name in ("probability", "evidence")}
     if all(v["state"] == "absent" for v in verdicts.values()):
         sure = 1 - verdicts[best]["probability"]
-        return {"choice": NONE_OF_THEM, "probability": round(sure, 4), "evidence": verdicts[best]["evidence"]}
-    return {"choice": UNCERTAIN_CHOICE, "probability": 0.5, "evidence": _NOT_MEASURABLE}
+        return {
+            "choice": free_name(NONE_OF_THEM, verdicts),
+            "probability": round(sure, 4),
+            "evidence": verdicts[best]["evidence"],
+        }
+    return {"choice": free_name(UNCERTAIN_CHOICE, verdicts), "probability": 0.5, "evidence": _NOT_MEASURABLE}
 
 
 def _propose(question: _Question) -> dict[str, Any]:

@@ -34,11 +34,12 @@ _PATIENCE_S = 60.0
 _FIRST_PATIENCE_S = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
-    """The request that is on its way: what each attempt at it may cost."""
+    """The request that is on its way: what each attempt at it may cost, and whether it has left yet."""
 
     most: Usage
+    has_left: bool = False
 
 
 ATTEMPT: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
@@ -87,6 +88,8 @@ class Gate(httpx2.AsyncBaseTransport):
         self._price = price
         self._timeout_s = timeout_s
         self._only_host = only_host
+        self.closed_by: MedMicnError | None = None
+        """Why nothing leaves any more; None as long as the gate is open."""
         self._dearer = 1.0
         """How much dearer than foreseen an answer has been: what is set aside for the next ones grows with it."""
 
@@ -97,13 +100,19 @@ class Gate(httpx2.AsyncBaseTransport):
             found = f"expected requests to {self._only_host!r} only, got one to {request.url.host!r}"
             raise Stopped(ConfigurationError(f"{found}; it was not sent.", remedy="Correct vlm.base_url."))
         attempt = ATTEMPT.get()
-        return await (self._send(request) if attempt is None else self._send_within_caps(request, attempt.most))
+        return await (self._send(request) if attempt is None else self._send_within_caps(request, attempt))
 
     async def aclose(self) -> None:
         """Close the inner transport."""
         await self._inner.aclose()
 
-    async def _send_within_caps(self, request: httpx2.Request, most: Usage) -> httpx2.Response:
+    def _require_open(self) -> None:
+        if self.closed_by is not None:
+            raise Stopped(self.closed_by)
+
+    async def _send_within_caps(self, request: httpx2.Request, attempt: Attempt) -> httpx2.Response:
+        self._require_open()
+        most = attempt.most
         foreseen_usd = usd(most, self._price)
         most_usd = foreseen_usd * self._dearer
         try:
@@ -117,6 +126,8 @@ class Gate(httpx2.AsyncBaseTransport):
                 left_at_s = await self._pace.wait(most.input_tokens + most.output_tokens)
             except MedMicnError as error:
                 raise Stopped(error) from error
+            self._require_open()
+            attempt.has_left = True
             try:
                 response = await self._send(request)
             except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout):
@@ -162,10 +173,9 @@ class Gate(httpx2.AsyncBaseTransport):
 
     def _tell_pace(self, response: httpx2.Response, left_at_s: float) -> None:
         if response.status_code == httpx2.codes.TOO_MANY_REQUESTS:
-            if is_out_of_quota(response):
-                # The openai client would repeat it, with longer and longer waits.
-                response.headers["x-should-retry"] = "false"
-            else:
+            # The openai client would repeat it by a clock of its own; who waits for whom is decided by the pace alone.
+            response.headers["x-should-retry"] = "false"
+            if not is_out_of_quota(response):
                 self._pace.told_to_wait(retry_after_s(response.headers, self._pace.gap_s), left_at_s)
         elif response.status_code < 500:
             self._pace.answered()

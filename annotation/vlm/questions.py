@@ -7,16 +7,14 @@ answer but the pixels, so a changed definition asks that one question again and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_contracts.concepts import Concept, Vocabulary, slug
 
 NONE_OF_THEM = "none"
-"""The choice that no value of the group holds."""
 UNCERTAIN_CHOICE = "uncertain"
-"""The choice that the image does not allow to tell."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,19 @@ class Question:
         return tuple(c.concept_id for c in self.concepts)
 
     @property
+    def none(self) -> str:
+        """The choice that no value of the group holds."""
+        return free_name(NONE_OF_THEM, self.concept_ids)
+
+    @property
+    def uncertain(self) -> str:
+        """The choice that the image does not allow to tell."""
+        return free_name(UNCERTAIN_CHOICE, self.concept_ids)
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """What a choice may answer: a value, none of them, or uncertain."""
-        return tuple(dict.fromkeys((*self.concept_ids, NONE_OF_THEM, UNCERTAIN_CHOICE)))
+        return (*self.concept_ids, self.none, self.uncertain)
 
     def as_json(self) -> dict[str, Any]:
         """The question as it stands in the prompt."""
@@ -59,7 +67,7 @@ def questions_of(vocabulary: Vocabulary) -> tuple[Question, ...]:
         if concept.group is None or len(members) < 2:
             found[concept.concept_id] = Question(concept.concept_id, (concept,))
         else:
-            name = _free_name(f"choice-{slug(concept.group)}", vocabulary)
+            name = free_name(f"choice-{slug(concept.group)}", vocabulary.ids)
             values = tuple(vocabulary[concept_id] for concept_id in members)
             found.setdefault(name, Question(name, values, concept.group))
     return tuple(found.values())
@@ -78,8 +86,9 @@ def in_chunks(questions: Sequence[Question], most: int) -> list[tuple[Question, 
     return [tuple(questions[a:b]) for a, b in itertools.pairwise(edges)]
 
 
-def _free_name(name: str, vocabulary: Vocabulary) -> str:
-    while name in vocabulary:
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, with as many dashes behind it as make it differ from those that are taken."""
+    while name in taken:
         name += "-"
     return name
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from annotation.vlm.questions import UNCERTAIN_CHOICE, Question
+from annotation.vlm.questions import Question
 from data_contracts.tables import ProbabilitySource, State
 
 MAX_EVIDENCE_CHARACTERS = 160
@@ -26,7 +26,8 @@ MAX_PROPOSALS = 64
 MAX_SYNONYMS = 8
 
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL | re.IGNORECASE)
-_UNDECIDED = (0.4, 0.6)
+UNDECIDED = (0.4, 0.6)
+"""Between these probabilities a judgement that has no state of its own counts as uncertain."""
 _ANSWERED_STATES = (State.PRESENT, State.ABSENT, State.UNCERTAIN)
 
 
@@ -166,13 +167,13 @@ def parse_judgements(text: str, questions: Sequence[Question]) -> dict[str, Verd
 def verdict_of_yes_no(top: Sequence[tuple[str, float]]) -> Verdict:
     """The verdict in the log-probabilities of a one-word answer: p = yes / (yes + no), summed over spellings.
 
-    A number between `_UNDECIDED` counts as uncertain. Raises `AnswerFault` when neither word is among the tokens.
+    A number between `UNDECIDED` counts as uncertain. Raises `AnswerFault` when neither word is among the tokens.
     """
     yes, no = _mass(top, {"yes", "y"}), _mass(top, {"no", "n"})
     if yes + no <= 0:
         raise AnswerFault(FaultCode.WRONG_SCHEMA)
     probability = yes / (yes + no)
-    low, high = _UNDECIDED
+    low, high = UNDECIDED
     state = State.PRESENT if probability > high else State.ABSENT if probability < low else State.UNCERTAIN
     return Verdict(state, probability, None, ProbabilitySource.LOGPROBS)
 
@@ -218,9 +219,15 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _verdict(row: Any) -> Verdict:
     if not isinstance(row, dict) or row.get("state") not in _ANSWERED_STATES:
         return Verdict(State.NOT_ASSESSED)
-    probability = _probability(row.get("probability"))
-    source = None if probability is None else ProbabilitySource.STATED
-    return Verdict(State(row["state"]), probability, _phrase(row), source)
+    state, probability = State(row["state"]), _probability(row.get("probability"))
+    if probability is not None and _contradicts(state, probability):
+        # How sure it is of its answer, most likely, and not how likely the concept is present: nobody can tell.
+        probability = None
+    return Verdict(state, probability, _phrase(row), None if probability is None else ProbabilitySource.STATED)
+
+
+def _contradicts(state: State, probability: float) -> bool:
+    return (state is State.PRESENT and probability < 0.5) or (state is State.ABSENT and probability > 0.5)
 
 
 def _chosen(row: Any, question: Question) -> dict[str, Verdict]:
@@ -229,7 +236,7 @@ def _chosen(row: Any, question: Question) -> dict[str, Verdict]:
     if choice is None:
         return dict.fromkeys(question.concept_ids, Verdict(State.NOT_ASSESSED))
     phrase, stated = _phrase(row), _probability(row.get("probability"))
-    if choice == UNCERTAIN_CHOICE and choice not in question.concept_ids:
+    if choice == question.uncertain:
         return dict.fromkeys(question.concept_ids, Verdict(State.UNCERTAIN, None, phrase))
     others = [c for c in question.concept_ids if c != choice]
     # What the choice leaves over belongs to the others in equal parts; with two sides it is exactly the rest.

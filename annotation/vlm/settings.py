@@ -160,13 +160,17 @@ class VlmSettings(BaseModel):
         return self.image_format or ("JPEG" if self.is_remote else "PNG")
 
     @property
+    def judging_parameters(self) -> dict[str, Any]:
+        """What decides a judgement besides words and pixels: how an answer comes about, and how many make one."""
+        return self.parameters | {"samples": self.samples}
+
+    @property
     def parameters(self) -> dict[str, Any]:
-        """What decides an answer besides words and pixels: the model, how it samples, how images are encoded."""
+        """What decides one answer besides words and pixels: the model, how it samples, how images are encoded."""
         return {
             "model": self.model,
             "temperature": self.temperature,
             "seed": self.seed,
-            "samples": self.samples,
             "by": self.probability,
             "image": [self.side_px, self.encoding],
         }

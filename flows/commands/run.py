@@ -26,10 +26,10 @@ from flows.commands.common import (
     open_console,
     settings_for,
 )
-from flows.commands.spending import confirm, may_cost_money, show_estimate
+from flows.commands.spending import confirmed, may_cost_money, show_estimate
 from flows.console import Console
 from flows.settings import Settings
-from flows.steps import INGEST, LAST_ANNOTATION_STEP, STEPS, begin, chain_for
+from flows.steps import INGEST, LAST_ANNOTATION_STEP, STEPS, begin, chain_for, require_source
 
 BaseUrlFlag = Annotated[
     str | None,
@@ -138,11 +138,12 @@ def annotate(
     )
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
-    context = _begun(source, folder, settings_for(folder, config, flags), console)
+    require_source(source, folder)
     with folder.lock():
-        reports = _confirmed(context, yes=yes)
+        context = Context(begin(source, folder), settings_for(folder, config, flags), console)
+        reports = confirmed(context, yes=yes)
         for step in chain_for(context, LAST_ANNOTATION_STEP):
-            if step is not INGEST:
+            if step.name not in {report.name for report in reports}:
                 reports.append(execute(step, context))
         reports.append(execute(STEPS["report"], context))
     _say_results(context)
@@ -173,11 +174,12 @@ def estimate(
     )
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
-    context = _begun(source, folder, settings_for(folder, config, flags), console)
+    require_source(source, folder)
     with folder.lock():
+        context = Context(begin(source, folder), settings_for(folder, config, flags), console)
         reports = [execute(INGEST, context)]
         show_estimate(context)
-    console.say(f"next:    medmicn annotate {source} --run {folder.path}")
+    console.say(f"next:    medmicn annotate {source} --run {folder.path}   (with the same flags)")
     finish(reports, folder)
 
 
@@ -218,9 +220,10 @@ def run_source(
     source: Path, folder: RunFolder, settings: Settings, console: Console, *, yes: bool, synthetic: bool = False
 ) -> None:
     """The whole chain as one Prefect flow; a finished run is recognised without starting Prefect."""
-    context = _begun(source, folder, settings, console, synthetic=synthetic)
+    require_source(source, folder)
     with folder.lock():
-        reports = _confirmed(context, yes=yes)
+        context = Context(begin(source, folder, synthetic=synthetic), settings, console)
+        reports = confirmed(context, yes=yes)
         chain = chain_for(context)
         if all(is_fresh(step, context) for step in chain):
             reports = [execute(step, context) for step in chain]
@@ -233,8 +236,13 @@ def run_source(
 
 
 def _as_flow(source: Path, context: Context) -> list[StepReport]:
+    from flows import prefect_server
+
+    server = prefect_server.begin()
     from flows.annotate_then_train import flow_for
 
+    if server is not None:
+        server.wait_until_healthy()
     state = flow_for(context.settings)(
         source=str(source.resolve()),
         run=str(context.run.path.resolve()),
@@ -243,20 +251,6 @@ def _as_flow(source: Path, context: Context) -> list[StepReport]:
     )
     result: dict[str, Any] = state.result()
     return [StepReport(**report) for report in result["steps"]]
-
-
-def _begun(
-    source: Path, folder: RunFolder, settings: Settings, console: Console, *, synthetic: bool = False
-) -> Context:
-    return Context(begin(source, folder, settings, synthetic=synthetic), settings, console)
-
-
-def _confirmed(context: Context, *, yes: bool) -> list[StepReport]:
-    """Ingest, then show what will be sent and what it costs, and ask where it may cost money."""
-    reports = [execute(INGEST, context)]
-    if not is_fresh(STEPS["judge"], context):
-        confirm(context, yes=yes)
-    return reports
 
 
 def _say_results(context: Context) -> None:

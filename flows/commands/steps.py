@@ -24,7 +24,7 @@ from flows.commands.common import (
     settings_for,
 )
 from flows.commands.spending import confirm
-from flows.steps import INGEST, STEPS, begin, remember_settings
+from flows.steps import INGEST, STEPS, begin, remember_settings, require_source
 
 _ASKS_A_MODEL = {"concepts", "judge"}
 
@@ -59,8 +59,9 @@ def ingest(
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
     settings = settings_for(folder, config, flags_of(assignments))
-    context = Context(begin(source, folder, settings), settings, console)
+    require_source(source, folder)
     with folder.lock():
+        context = Context(begin(source, folder, settings), settings, console)
         reports = [execute(INGEST, context)]
     console.say(f"next:    medmicn concepts --run {folder.path}")
     finish(reports, folder)
@@ -78,9 +79,9 @@ def _verb(step: Step) -> Callable[..., None]:
         console = open_console(quiet=quiet, as_json=as_json)
         context = existing_context(run, config, flags_of(assignments), console)
         with context.run.lock():
-            remember_settings(context)
             if step.name in _ASKS_A_MODEL and not is_fresh(step, context):
                 confirm(context, yes=yes)
+            remember_settings(context)
             reports = [execute(step, context)]
         following = _next_verb(step)
         if following:

@@ -15,7 +15,7 @@ from flows.steps.concepts import CONCEPTS_STEP
 from flows.steps.corrections import draw_audit, import_sheet, score_audit
 from flows.steps.fuse import FUSE
 from flows.steps.images import INGEST, image_reader
-from flows.steps.judge import JUDGE, estimate_judging
+from flows.steps.judge import JUDGE
 from flows.steps.learn import DATASET, EXPLAIN, TRAIN
 from flows.steps.pages import REPORT
 
@@ -29,13 +29,8 @@ LAST_ANNOTATION_STEP = FUSE.name
 _NEEDS_CLASSES = {DATASET.name, TRAIN.name, EXPLAIN.name}
 
 
-def begin(source: Path, run: RunFolder, settings: Settings, *, synthetic: bool = False) -> RunFolder:
-    """The run folder, begun or continued for `source` with these settings.
-
-    Raises:
-        SourceRefused: SOURCE is no folder.
-        ContractViolation: the run folder is from another version.
-    """
+def require_source(source: Path, run: RunFolder) -> None:
+    """Raise `SourceRefused` unless SOURCE is a folder, and `ConfigurationError` when it is the run folder itself."""
     if not source.is_dir():
         found = "a file" if source.exists() else "nothing"
         raise SourceRefused(
@@ -43,12 +38,24 @@ def begin(source: Path, run: RunFolder, settings: Settings, *, synthetic: bool =
         )
     if run.path.resolve() == source.resolve():
         raise ConfigurationError(f"--run {run.path}: expected another folder than SOURCE.")
+
+
+def begin(source: Path, run: RunFolder, settings: Settings | None = None, *, synthetic: bool = False) -> RunFolder:
+    """The run folder, begun or continued for `source`; it remembers `settings`, if any are given.
+
+    Raises:
+        SourceRefused: SOURCE is no folder.
+        ContractViolation: the run folder is from another version.
+    """
+    require_source(source, run)
     if run.exists:
         manifest = run.read_manifest()
     else:
         manifest = RunManifest.new(run.path.name, str(source.resolve()))
         manifest.synthetic = synthetic
-    _remember(run, manifest, settings)
+        run.write_manifest(manifest)
+    if settings is not None:
+        _remember(run, manifest, settings)
     return run
 
 
@@ -97,10 +104,10 @@ __all__ = [
     "begin",
     "chain_for",
     "draw_audit",
-    "estimate_judging",
     "has_classes",
     "image_reader",
     "import_sheet",
     "remember_settings",
+    "require_source",
     "score_audit",
 ]

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from annotation.vlm.estimate import Estimate, Work, estimate
-from data_contracts.concepts import slug
+from data_contracts.concepts import Concept, Vocabulary, slug
 from data_contracts.errors import ConfigurationError, StepFailed
 from data_contracts.files import sha256_of_file
 from data_contracts.spreadsheet import write_csv
-from data_contracts.tables import CONCEPTS, ConceptOrigin, ConceptStatus, Split
-from flows.chain import Context, ShardRunner, Step, StepResult
-from flows.ledger import merge_concepts, was_given
+from data_contracts.tables import CONCEPTS, ConceptOrigin, ConceptStatus, Split, vocabulary_of
+from flows.chain import Context, ShardRunner, Step, StepResult, is_fresh
+from flows.ledger import asked_vocabulary, merge_concepts, was_given
 from flows.settings import ConceptSettings
 from flows.steps.images import accepted, image_reader
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COVERAGE_CSV = "coverage.csv"
 """Which concepts tell which classes apart."""
+
+_USUAL_DEFINITION = "One sentence that says what to look for in the image."
 
 UNLABELLED = "images"
 """Stands for the class where a folder has none."""
@@ -104,18 +106,38 @@ def _proposed(context: Context) -> tuple[pd.DataFrame, list[str], float | None]:
     return concepts, uncovered(concepts, class_names), cost
 
 
+def will_propose(context: Context) -> bool:
+    """Whether the step would ask the model for concepts now."""
+    run = context.run
+    stored = run.read_concepts() if run.table_path(CONCEPTS).is_file() else None
+    is_given = context.settings.concepts.file is not None or (stored is not None and was_given(stored))
+    return not is_given and not is_fresh(CONCEPTS_STEP, context)
+
+
 def estimate_proposing(context: Context) -> Estimate:
-    """What proposing concepts would send; nothing where concepts are given or there."""
+    """What proposing concepts would send now; nothing where concepts are given or still hold."""
     from annotation.propose import planned_requests
     from annotation.vlm.preflight import price_of
 
-    settings = context.settings
-    works: list[Work] = []
-    if settings.concepts.file is None and not context.run.table_path(CONCEPTS).is_file():
-        n_samples = {name: len(ids) for name, ids in _samples(context).items()}
+    settings, works = context.settings, list[Work]()
+    if will_propose(context):
         options, limit = propose_options(settings.concepts), settings.vlm.max_output_tokens
-        works = [Work(r, 1) for r in planned_requests(n_samples, settings.source.modality, options, limit)]
+        requests = planned_requests(_n_samples(context), settings.source.modality, options, limit)
+        works = [Work(request, 1) for request in requests]
     return estimate(works, settings.vlm.model_copy(update={"batch": False}), price_of(settings.vlm))
+
+
+def expected_vocabulary(context: Context) -> tuple[Vocabulary, bool]:
+    """The concepts that images will be asked about, and whether they are known: else as many as there can be."""
+    from annotation.propose import most_concepts
+
+    settings = context.settings.concepts
+    if will_propose(context):
+        names = [f"a visual concept {i}" for i in range(most_concepts(_n_samples(context), propose_options(settings)))]
+        return Vocabulary.of(Concept(slug(name), name, _USUAL_DEFINITION) for name in names), False
+    if settings.file is not None and not is_fresh(CONCEPTS_STEP, context):
+        return vocabulary_of(read_concepts(settings.file)), True
+    return asked_vocabulary(context.run), True
 
 
 def propose_options(settings: ConceptSettings) -> ProposeOptions:
@@ -133,6 +155,10 @@ def propose_options(settings: ConceptSettings) -> ProposeOptions:
         name_characters=settings.max_name_characters,
         seed=settings.seed,
     )
+
+
+def _n_samples(context: Context) -> dict[str, int]:
+    return {name: len(ids) for name, ids in _samples(context).items()}
 
 
 def _samples(context: Context) -> dict[str, list[str]]:

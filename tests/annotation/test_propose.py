@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from annotation.propose import ProposeOptions, class_pairs, images_per_request, planned_requests, propose
+from annotation.propose import ProposeOptions, class_pairs, most_concepts, planned_requests, propose
 from annotation.text import minilm_embedder
 from annotation.vlm.client import VlmClient
 from annotation.vlm.journal import Journal
@@ -276,13 +276,15 @@ async def test_the_plan_is_what_is_sent(options: ProposeOptions, read: Any, tmp_
     samples = {**SAMPLES, "third": ["large-7"], "none": []}
     client, sent = endpoint(tmp_path, lambda _: concepts("x"))
     n_samples = {name: len(ids) for name, ids in samples.items()}
-    planned = images_per_request(n_samples, options)
+    planned = [sum(isinstance(p, bytes) for p in r.parts) for r in planned_requests(n_samples, "", options)]
     async with client:
         await propose(samples, read, client, "skin", options)
     assert sorted(planned) == sorted(len(images_of(body)) for body in sent)
     assert max(planned) <= options.max_images_per_request
     texts = {"\n".join(p for p in r.parts if isinstance(p, str)) for r in planned_requests(n_samples, "skin", options)}
     assert texts == {text_of(body) for body in sent}
+    # Two, three or four classes with samples are asked about in every round, and every pair of them once.
+    assert most_concepts(n_samples, options) == 3 * options.rounds * options.n_concepts + 3 * options.n_contrast
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 6, 7, 9, 30])

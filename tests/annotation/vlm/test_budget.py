@@ -113,10 +113,10 @@ def test_a_batch_is_reserved_and_settled_as_a_whole() -> None:
     assert budget.fits(40, 0.5)
     with pytest.raises(BudgetReached):
         budget.reserve_many(41, 0.0)
-    budget.settle(1.5, 1.0, n_requests=60)
+    budget.settle_many(60, 1.5, 1.0)
     assert budget.spent == Spent(60, 1.0, 0.0)
     budget.reserve_many(40, 1.0)
-    budget.release(1.0, n_requests=40)
+    budget.release_many(40, 1.0)
     assert budget.committed_usd == 1.0
 
 
@@ -127,3 +127,12 @@ async def test_rounding_of_many_small_amounts_is_no_overrun() -> None:
     for _ in range(3):
         budget.settle(0.1, 0.1)
     assert budget.spent.n_requests == 3
+
+
+async def test_nobody_waits_for_a_batch_that_settles_on_another_day() -> None:
+    budget = Budget(max_requests=10)
+    budget.reserve_many(9, 0.0)
+    await budget.reserve(0.0)
+    budget.settle(0.0, 0.0)
+    with pytest.raises(BudgetReached):
+        await asyncio.wait_for(budget.reserve(0.0), timeout=2)

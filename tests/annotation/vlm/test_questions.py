@@ -53,10 +53,11 @@ def test_a_choice_has_its_values_none_and_uncertain() -> None:
     assert choice.choices == ("round", "oval", "none", "uncertain")
 
 
-def test_a_value_called_none_stands_once_among_the_choices() -> None:
+def test_a_value_called_none_is_not_the_choice_that_none_holds() -> None:
     none = Concept("none", "none", "", "nucleus shape")
     (choice,) = questions_of(Vocabulary.of([ROUND, none]))
-    assert choice.choices == ("round", "none", "uncertain")
+    assert choice.choices == ("round", "none", "none-", "uncertain")
+    assert choice.none == "none-"
 
 
 def test_the_name_of_a_choice_never_meets_that_of_a_concept() -> None:

@@ -211,11 +211,20 @@ def test_a_value_that_is_itself_called_none_or_uncertain_is_that_value() -> None
     question = Question("choice-vacuoles", values, "vacuoles")
     schema = judgement_schema([question])
     choice = schema["properties"]["choice-vacuoles"]["properties"]["choice"]
-    assert sorted(choice["enum"]) == ["many", "none", "uncertain"]
+    assert sorted(choice["enum"]) == ["many", "none", "none-", "uncertain", "uncertain-"]
     for word in ("none", "uncertain"):
         found = chosen({"choice": word, "probability": 0.8}, question)
         assert [c for c, v in found.items() if v.state is State.PRESENT] == [word]
         assert found["many"].state is State.ABSENT
+    assert {v.state for v in chosen({"choice": "none-", "probability": 0.8}, question).values()} == {State.ABSENT}
+    assert {v.state for v in chosen({"choice": "uncertain-"}, question).values()} == {State.UNCERTAIN}
+
+
+@pytest.mark.parametrize(("state", "probability"), [("absent", 0.95), ("present", 0.1)])
+def test_a_probability_against_its_own_state_is_no_probability_of_presence(state: str, probability: float) -> None:
+    question = Question("a", (Concept("a", "a"),))
+    text = json.dumps({"a": {"state": state, "probability": probability, "evidence": ""}})
+    assert parse_judgements(text, [question])["a"] == Verdict(State(state), None, None, None)
 
 
 # ---- one word -----------------------------------------------------------------------------------------------------
