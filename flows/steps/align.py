@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from data_contracts.errors import ImageRejected
+from data_contracts.errors import ImageRejected, StepFailed
 from data_contracts.manifest import content_hash
-from data_contracts.tables import Split, Witness, vocabulary_of
+from data_contracts.tables import Split, State, Witness, vocabulary_of
 from flows.chain import Context, ShardRunner, Step, StepResult
 from flows.devices import resolve_device
 from flows.ledger import asked_concepts
@@ -40,6 +40,9 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
         n_folds=settings.n_folds,
         seed=settings.seed,
     )
+    judgements = without_people_on_test(run.read_judgements(), images)
+    if options.adapts:
+        _require_answers(judgements)
     unread: list[str] = []
 
     def note(image_id: str, error: ImageRejected) -> None:
@@ -50,7 +53,7 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
             images["image_id"].tolist(),
             image_reader(context),
             vocabulary,
-            without_people_on_test(run.read_judgements(), images),
+            judgements,
             options,
             groups=_groups(images),
             cache_dir=run.cache_dir,
@@ -61,6 +64,20 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
     n_dropped = _drop_unseen(context)
     counts: dict[str, float] = {"cells": n_rows, "images": len(images) - len(unread), "concepts": len(vocabulary)}
     return StepResult(run.alignment_parts(), counts | ({"unseen_concepts": n_dropped} if n_dropped else {}), unread)
+
+
+def _require_answers(judgements: pd.DataFrame) -> None:
+    """Raise `StepFailed` where everything was asked in vain: there is nothing that an aligner could be fitted to."""
+    if not len(judgements) or (judgements["state"] != State.NOT_ASSESSED).any():
+        return
+    cells = judgements.drop_duplicates(["image_id", "concept_id", "witness_model"], keep="last")
+    reasons = ", ".join(f"{n} {code}" for code, n in cells["evidence"].value_counts().items())
+    raise StepFailed(
+        f"Judging: expected a usable answer about some image and concept, got none ({reasons}); no label was made, and "
+        "every answer is in the journal.",
+        remedy="Check vlm.base_url and vlm.model, choose a model that follows instructions, or give it more room with "
+        "vlm.max_output_tokens.",
+    )
 
 
 def without_people_on_test(judgements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
