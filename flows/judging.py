@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ import pandas as pd
 import pyarrow as pa
 
 from annotation.prompts import Example, Framing, asked_sha256, judging_request, yes_no_request
-from annotation.vlm.client import VlmClient
 from annotation.vlm.estimate import Estimate, Work, estimate
 from annotation.vlm.questions import Question, in_chunks, questions_of
 from annotation.vlm.settings import JPEG_QUALITY, VlmSettings
@@ -24,6 +23,9 @@ from data_contracts.ports import PixelReader
 from data_contracts.store import RunFolder
 from data_contracts.tables import Split, State, Witness
 from flows.settings import EndpointSettings
+
+if TYPE_CHECKING:
+    from annotation.vlm.client import VlmClient
 
 _COLUMNS = ("image_id", "concept_id", "witness", "witness_model", "prompt_sha256", "state", "created_at")
 

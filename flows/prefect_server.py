@@ -73,11 +73,6 @@ class TemporaryServer:
         """What `PREFECT_API_URL` is to be."""
         return f"http://{_HOST}:{self._port}/api"
 
-    @property
-    def pid(self) -> int:
-        """Its process."""
-        return self._process.pid
-
     def wait_until_healthy(self) -> None:
         """Return once it answers; raises `StepFailed` when it ends or takes too long."""
         rest_s = max(self._began_s + self._limit_s - time.monotonic(), 0.1)

@@ -139,8 +139,9 @@ def annotate(
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
     require_source(source, folder)
+    settings = settings_for(folder, config, flags)
     with folder.lock():
-        context = Context(begin(source, folder), settings_for(folder, config, flags), console)
+        context = Context(begin(source, folder), settings, console)
         reports = confirmed(context, yes=yes)
         for step in chain_for(context, LAST_ANNOTATION_STEP):
             if step.name not in {report.name for report in reports}:
@@ -175,8 +176,9 @@ def estimate(
     console = open_console(quiet=quiet, as_json=as_json)
     folder = new_run(source, run)
     require_source(source, folder)
+    settings = settings_for(folder, config, flags)
     with folder.lock():
-        context = Context(begin(source, folder), settings_for(folder, config, flags), console)
+        context = Context(begin(source, folder), settings, console)
         reports = [execute(INGEST, context)]
         show_estimate(context)
     console.say(f"next:    medmicn annotate {source} --run {folder.path}   (with the same flags)")

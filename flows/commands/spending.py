@@ -15,7 +15,6 @@ from flows.pricing import check_configuration, estimate_judging, price_words
 from flows.settings import Settings
 from flows.steps import INGEST, STEPS, remember_settings
 from flows.steps.concepts import estimate_proposing, will_propose
-from flows.vlm import require_models
 
 
 def show_estimate(context: Context) -> None:
@@ -59,6 +58,8 @@ def confirm(context: Context, *, yes: bool) -> None:
         typer.Exit: the answer was no.
     """
     show_estimate(context)
+    from flows.vlm import require_models
+
     # Asking for its models costs nothing; nobody should agree to a price of what cannot work.
     require_models(context)
     if may_cost_money(context.settings) and not yes:
