@@ -1,7 +1,7 @@
 """The Prefect flow: every step a task, judging in one task per shard, artifacts for people who watch the UI.
 
-This and `schedule.py` are the only files that know the scheduler. Steps keep their own receipts, so a retried
-or repeated flow run does only what is missing; Prefect's result cache is not used.
+This, `schedule.py` and `prefect_server.py` are the only files that know the scheduler. Steps keep their own receipts,
+so a retried or repeated flow run does only what is missing; Prefect's result cache is not used.
 """
 
 from __future__ import annotations
