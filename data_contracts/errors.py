@@ -67,6 +67,8 @@ class DropReason(StrEnum):
     NOT_SEEN_IN_ANY_IMAGE = "not_seen_in_any_image"
     NOT_VISUAL = "not_visual"
     CONSTANT = "constant"
+    FAILS_NULL_TEST = "fails_null_test"
+    LEAKS_CLASS = "leaks_class"
     BY_USER = "by_user"
 
 

@@ -345,13 +345,15 @@ JUDGEMENTS = Contract(
 
 ALIGNMENT = Contract(
     "alignment",
-    1,
+    2,
     (
         _text("image_id"),
         _text("concept_id"),
         Column("similarity", pa.float64()),
         Column("null_similarity", pa.float64()),
         _probability("probability", nullable=True),
+        # Share of the concept's text in a softmax with its reference prompts; null where heads were fitted.
+        _probability("contrast", nullable=True),
         Column("grid_h", pa.int64()),
         Column("grid_w", pa.int64()),
         Column("heatmap", pa.list_(pa.float16())),

@@ -36,12 +36,12 @@ def merge_concepts(stored: pd.DataFrame | None, added: pd.DataFrame) -> pd.DataF
 
 
 def asked_concepts(concepts: pd.DataFrame) -> pd.DataFrame:
-    """The concepts that images are judged for: the kept ones, and those the aligner dropped afterwards.
+    """The concepts that images are judged for: the kept ones, and those dropped after they were judged.
 
     The latter stay in the question, because leaving them out would change every prompt and pay for it again.
     """
-    unseen = concepts["reason"] == DropReason.NOT_SEEN_IN_ANY_IMAGE
-    return concepts.assign(status=concepts["status"].mask(unseen, ConceptStatus.KEPT))
+    later = (DropReason.NOT_SEEN_IN_ANY_IMAGE, DropReason.FAILS_NULL_TEST, DropReason.LEAKS_CLASS)
+    return concepts.assign(status=concepts["status"].mask(concepts["reason"].isin(later), ConceptStatus.KEPT))
 
 
 def asked_vocabulary(run: RunFolder) -> Vocabulary:

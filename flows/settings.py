@@ -134,6 +134,22 @@ class AlignSettings(_Section):
     """Images in one forward pass."""
     n_folds: int = Field(5, ge=2)
     """Folds of the cross-fitted projections of the embedded aligner."""
+    templates: tuple[str, ...] = ("{}", "an image showing {}")
+    """Sentences with one {} that concepts are put into, averaged; the embedded model reads the bare concept."""
+    value_features: bool = False
+    """Read the values of a ViT's last attention (MaskCLIP), for sharper maps; other towers are refused."""
+    tile_above: float | None = Field(None, gt=1)
+    """Cut images whose longer side exceeds so many times the model's input into tiles; none: never."""
+    tile_overlap: float = Field(0.25, ge=0, le=0.5)
+    """Share of a tile that its neighbour sees too."""
+    max_tiles_per_side: int = Field(4, ge=2)
+    """Larger images are scaled down to so many tiles a side; each tile costs one pass of the model."""
+    honesty_tests: bool = True
+    """Test every concept against nulls and class leaks; witnesses that fail may not label it."""
+    honesty_margin: float = Field(0.02, ge=0, le=0.5)
+    """AUROC by which a concept's score must beat its nulls."""
+    leak_max_explained_fraction: float = Field(0.9, gt=0, le=1)
+    """Share of a concept's answers that the class may explain before their witness must show that it saw more."""
     seed: int = 0
     """Seed of the folds."""
 

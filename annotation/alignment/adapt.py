@@ -101,7 +101,7 @@ class _Problem:
         self.n_folds = n_folds
         self.judged = self.weights.max(1, initial=0) > 0
         # The basis looks at no judgement: it only drops directions in which images hardly differ.
-        self.basis = _principal_directions(features)
+        self.basis = principal_directions(features)
         self.reduced = (features - features.mean(0)) @ self.basis
         self.variance = float(self.reduced.var(0).sum()) or 1.0
 
@@ -208,7 +208,7 @@ def _limited(weight: Array, features: Array, rank: int) -> Array:
     return weight @ leading @ leading.T
 
 
-def _principal_directions(features: Array) -> Array:
+def principal_directions(features: Array) -> Array:
     """(F, R) directions of largest variance, at most `N_COMPONENTS`."""
     centred = features - features.mean(0)
     _, vectors = np.linalg.eigh(centred.T @ centred)

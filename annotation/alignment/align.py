@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from annotation.alignment.adapt import CrossFit, cross_fit, fold_of
-from annotation.alignment.dense import heatmaps
+from annotation.alignment.dense import heatmaps, reference_contrast
 from annotation.alignment.features import CellStore
-from annotation.alignment.nulls import NULL_PROMPTS
+from annotation.alignment.nulls import NEGATION, NULL_PROMPTS
 from annotation.alignment.options import AlignOptions
 from annotation.alignment.projections import projections
 from annotation.alignment.source import Cells, CellSource, OnRejected, slices
@@ -33,6 +33,17 @@ from data_contracts.ports import Advance, PixelReader, ignore_progress
 from data_contracts.tables import ALIGNMENT
 
 
+class _References(NamedTuple):
+    """Prompts that concepts are contrasted with."""
+
+    text: Tensor
+    """(R, D) unit rows."""
+    applies: Tensor
+    """(K, R) True where a reference is one of the concept's."""
+    scale: float
+    """The model's own factor of cosines."""
+
+
 class _Head(NamedTuple):
     """What turns cell features into maps and probabilities."""
 
@@ -41,6 +52,8 @@ class _Head(NamedTuple):
     null_text: Tensor
     probability: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]] | None
     """(n, F) mean features → (n, K), or None for a head that nothing was fitted to."""
+    references: _References | None = None
+    """None for a fitted head: it reads judgements, not texts, and its probability needs no reference."""
 
 
 def align(  # noqa: PLR0913  (the border's agreed names)
@@ -76,22 +89,38 @@ def align(  # noqa: PLR0913  (the border's agreed names)
     Raises:
         ConfigurationError: The model cannot be had, or heads must be fitted and there is no judgement.
     """
-    aligner = load_aligner(options.model, device=options.device, templates=options.templates)
+    source = cell_source(read, options, cache_dir, advance, on_rejected)
+    return _tables(image_ids, vocabulary, judgements, source, folds_of(image_ids, groups, options))
+
+
+def cell_source(
+    read: PixelReader,
+    options: AlignOptions,
+    cache_dir: Path,
+    advance: Advance = ignore_progress,
+    on_rejected: OnRejected | None = None,
+) -> CellSource:
+    """Cell features of images by the model of `options`, kept under `cache_dir`."""
+    aligner = load_aligner(
+        options.model,
+        device=options.device,
+        templates=options.templates,
+        value_features=options.value_features,
+        tiling=options.tiling,
+    )
     store = CellStore(
         cache_dir / "cells" / aligner.fingerprint[:16],
-        aligner.cell_shape,
+        aligner.cell_shape[2],
         max_bytes=int(options.max_cache_gb * 1e9),
     )
-    source = CellSource(aligner, read, store, options, advance, on_rejected)
+    return CellSource(aligner, read, store, options, advance, on_rejected)
+
+
+def folds_of(image_ids: Sequence[str], groups: Mapping[str, str] | None, options: AlignOptions) -> dict[str, int]:
+    """Image id → fold; images of one group are in one."""
     names = groups or {}
-    folds = dict(
-        zip(
-            image_ids,
-            fold_of((names.get(i) or i for i in image_ids), options.n_folds, options.seed),
-            strict=True,
-        )
-    )
-    return _tables(image_ids, vocabulary, judgements, source, folds)
+    folds = fold_of((names.get(i) or i for i in image_ids), options.n_folds, options.seed)
+    return dict(zip(image_ids, folds.tolist(), strict=True))
 
 
 def _tables(
@@ -126,19 +155,24 @@ def _heads(
 ) -> list[_Head]:
     """One head a fold, or a single one for everything where nothing is fitted."""
     aligner, options = source.aligner, source.options
-    text = aligner.embed_text(concept_texts(vocabulary))
+    text = aligner.embed_concepts(concept_wordings(vocabulary))
     null_text = aligner.embed_text(NULL_PROMPTS)
     if not options.adapts:
-        return [_Head(aligner.project, _tensor(text, aligner), _tensor(null_text, aligner), None)]
-    ids, features, votes = _fit_data(image_ids, vocabulary, judgements, source)
+        references = _references(vocabulary, aligner)
+        return [_Head(aligner.project, _tensor(text, aligner), _tensor(null_text, aligner), None, references)]
+    ids, features, votes = fit_data(image_ids, vocabulary, judgements, source)
     fit = cross_fit(features, votes, np.array([folds[i] for i in ids]), options.n_folds)
     return [_fitted_head(fit, fold, features, text, null_text, aligner) for fold in range(options.n_folds)]
 
 
-def _fit_data(
+def fit_data(
     image_ids: Sequence[str], vocabulary: Vocabulary, judgements: pd.DataFrame, source: CellSource
 ) -> tuple[list[str], npt.NDArray[np.float32], Votes]:
-    """Judged images, their mean cell features and votes."""
+    """Judged images (at most `max_fit_images`), their (n, F) mean cell features and votes.
+
+    Raises:
+        ConfigurationError: There is no judged image.
+    """
     votes = training_votes(judgements, image_ids, vocabulary)
     judged = [image_id for image_id, weight in zip(image_ids, votes.weight.max(1), strict=True) if weight > 0]
     chosen = _sample(judged, source.options.max_fit_images)
@@ -186,6 +220,33 @@ def concept_texts(vocabulary: Vocabulary) -> list[str]:
     ]
 
 
+def concept_wordings(vocabulary: Vocabulary) -> list[tuple[str, ...]]:
+    """For each concept its text and its synonyms; their embeddings are averaged."""
+    return [
+        (text, *(synonym for synonym in concept.synonyms if synonym.strip()))
+        for text, concept in zip(concept_texts(vocabulary), vocabulary, strict=True)
+    ]
+
+
+def reference_texts(vocabulary: Vocabulary) -> tuple[list[str], npt.NDArray[np.bool_]]:
+    """(R texts, (K, R) whose they are): null prompts for all, each concept's negation and what it is confused with."""
+    texts, owners = list(NULL_PROMPTS), [list(range(len(vocabulary)))] * len(NULL_PROMPTS)
+    for k, (text, concept) in enumerate(zip(concept_texts(vocabulary), vocabulary, strict=True)):
+        own = [NEGATION.format(text)] + ([concept.contrast] if concept.contrast.strip() else [])
+        texts += own
+        owners += [[k]] * len(own)
+    applies = np.zeros((len(vocabulary), len(texts)), bool)
+    for r, concepts in enumerate(owners):
+        applies[concepts, r] = True
+    return texts, applies
+
+
+def _references(vocabulary: Vocabulary, aligner: Aligner) -> _References:
+    texts, applies = reference_texts(vocabulary)
+    text = _tensor(aligner.embed_text(texts), aligner)
+    return _References(text, torch.from_numpy(applies).to(aligner.device), aligner.text_scale)
+
+
 @torch.inference_mode()
 def _table(image_ids: Sequence[str], cells: Cells, head: _Head, vocabulary: Vocabulary) -> pa.Table:
     """ALIGNMENT rows of one batch that shares a head, images in order and concepts in the vocabulary's."""
@@ -194,12 +255,18 @@ def _table(image_ids: Sequence[str], cells: Cells, head: _Head, vocabulary: Voca
     n_images, n_concepts, grid_h, grid_w = result.maps.shape
     maps = result.maps.to(torch.float16).cpu().numpy()
     probability = None if head.probability is None else head.probability(features.mean((1, 2)).cpu().numpy())
+    contrast = None
+    if head.references is not None:
+        text, applies, scale = head.references
+        shares = reference_contrast(result.similarity, result.mean_cell @ text.T, applies, scale)
+        contrast = shares.cpu().numpy().astype(np.float64)
     columns = {
         "image_id": pa.array(image_ids, pa.string()).take(pa.array(np.repeat(np.arange(n_images), n_concepts))),
         "concept_id": pa.array(vocabulary.ids, pa.string()).take(pa.array(np.tile(np.arange(n_concepts), n_images))),
         "similarity": pa.array(result.similarity.double().cpu().numpy().ravel()),
         "null_similarity": pa.array(np.repeat(result.null_similarity.double().cpu().numpy(), n_concepts)),
         "probability": _probabilities(probability, n_images * n_concepts),
+        "contrast": _probabilities(contrast, n_images * n_concepts),
         "grid_h": pa.array(np.full(n_images * n_concepts, grid_h, np.int64)),
         "grid_w": pa.array(np.full(n_images * n_concepts, grid_w, np.int64)),
         "heatmap": pa.ListArray.from_arrays(

@@ -18,6 +18,8 @@ class Heatmaps(NamedTuple):
     """(B, K) s_i = mean of P over cells: not the cosine of the pooled embedding."""
     null_similarity: Tensor
     """(B,) the same mean for the null prompts, averaged over them; NaN without any."""
+    mean_cell: Tensor
+    """(B, D) mean of the unit cells: its dot product with a unit text is that text's similarity."""
 
 
 @torch.inference_mode()
@@ -34,4 +36,21 @@ def heatmaps(cells: Tensor, text: Tensor, null_text: Tensor | None = None) -> He
         null = torch.full((len(cells),), torch.nan, device=cells.device)
     else:
         null = (mean_cell @ null_text.T).mean(1)
-    return Heatmaps(maps, mean_cell @ text.T, null)
+    return Heatmaps(maps, mean_cell @ text.T, null, mean_cell)
+
+
+@torch.inference_mode()
+def reference_contrast(similarity: Tensor, references: Tensor, applies: Tensor, scale: float) -> Tensor:
+    """(B, K) share of each concept in a softmax with its reference prompts (as MONET scores concepts), 0-1.
+
+    A raw cosine says how much an image resembles a text, most of which is being an image at all; the references
+    carry that part too, and it cancels.
+
+    Args:
+        similarity: (B, K) of the concepts.
+        references: (B, R) of all reference prompts.
+        applies: (K, R) True where a reference is one of the concept's.
+        scale: The model's own factor of cosines in its softmax.
+    """
+    gaps = scale * (references[:, None, :] - similarity[:, :, None])  # (B, K, R)
+    return 1 / (1 + torch.where(applies, gaps.double().exp(), 0.0).sum(2))

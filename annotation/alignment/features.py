@@ -17,13 +17,13 @@ from data_contracts.files import write_text, write_with
 
 
 class CellStore:
-    """(h, w, F) float16 features of images, by image id, up to a number of bytes."""
+    """(h, w, F) float16 features of images, by image id, up to a number of bytes; tiled images have larger grids."""
 
-    def __init__(self, folder: Path, cell_shape: tuple[int, int, int], *, max_bytes: int) -> None:
-        """Open, or start, the store in `folder`; segments that are damaged or of another shape are not used."""
+    def __init__(self, folder: Path, n_features: int, *, max_bytes: int) -> None:
+        """Open, or start, the store in `folder`; segments that are damaged or of other features are not used."""
         self.folder = folder
-        self.cell_shape = cell_shape
-        self.n_images_max = max_bytes // (2 * int(np.prod(cell_shape)))
+        self.n_features = n_features
+        self.max_bytes = max_bytes
         self._segments: list[npt.NDArray[np.float16]] = []
         self._place: dict[str, tuple[int, int]] = {}
         for index in sorted(folder.glob("*.json")):
@@ -36,16 +36,22 @@ class CellStore:
         return len(self._place)
 
     def read(self, image_ids: Sequence[str]) -> npt.NDArray[np.float16]:
-        """(n, h, w, F) features of images that are in the store, in the given order."""
-        result = np.empty((len(image_ids), *self.cell_shape), np.float16)
+        """(n, h, w, F) features of images of one grid that are in the store, in the given order."""
+        height, width = self.grid(image_ids[0])
+        result = np.empty((len(image_ids), height, width, self.n_features), np.float16)
         for i, image_id in enumerate(image_ids):
             segment, row = self._place[image_id]
             result[i] = self._segments[segment][row]
         return result
 
+    def grid(self, image_id: str) -> tuple[int, int]:
+        """(h, w) cells of an image that is in the store."""
+        height, width = self._segments[self._place[image_id][0]].shape[1:3]
+        return height, width
+
     def add(self, image_ids: Sequence[str], cells: npt.NDArray[np.float16]) -> None:
         """Keep the (n, h, w, F) features as one segment, unless the store is full. Raises `StorageError`."""
-        if not image_ids or len(self) + len(image_ids) > self.n_images_max:
+        if not image_ids or sum(s.nbytes for s in self._segments) + cells.nbytes > self.max_bytes:
             return
         number = len(list(self.folder.glob("*.json")))
         stem = f"{number:06d}-{image_ids[0][:16].replace('/', '-')}"
@@ -60,7 +66,8 @@ class CellStore:
             segment = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError):
             return  # computed again: a cache has nothing that could be lost
-        if segment.shape != (len(image_ids), *self.cell_shape) or segment.dtype != np.float16:
+        expected = (len(image_ids), *segment.shape[1:3], self.n_features)
+        if segment.shape != expected or segment.dtype != np.float16:
             return
         self._place.update({image_id: (len(self._segments), row) for row, image_id in enumerate(image_ids)})
         self._segments.append(segment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from annotation.alignment.tiles import Tiling
 from annotation.alignment.towers import EMBEDDED, TEMPLATES
 
 
@@ -34,6 +35,22 @@ class AlignOptions(BaseModel):
     """Disk space for cell features; what does not fit is computed again when heads are fitted anew."""
     templates: tuple[str, ...] = TEMPLATES
     """Prompt templates with one `{}`, averaged; the embedded model reads the bare concept."""
+
+    value_features: bool = False
+    """Read ViT towers by the values of their last attention (MaskCLIP): sharper maps; refused for other towers."""
+    tile_above: float | None = Field(None, gt=1)
+    """Images whose longer side exceeds so many times the tower's are looked at in tiles; null: never."""
+    tile_overlap: float = Field(0.25, ge=0, le=0.5)
+    """Share of a tile that its neighbour sees too."""
+    max_tiles_per_side: int = Field(4, ge=2)
+    """Larger images are scaled down to so many tiles: each tile costs one pass of the tower."""
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How large images are cut, or None."""
+        if self.tile_above is None:
+            return None
+        return Tiling(self.tile_above, self.tile_overlap, self.max_tiles_per_side)
 
     @property
     def adapts(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from annotation.alignment.kinds import Features, TowerKind, tower_kind, unreadable
+from annotation.alignment.tiles import Layout, Tiling, canvas_px, cut
 from data_contracts.errors import ConfigurationError
 from data_contracts.ports import Pixels
 
@@ -50,11 +51,15 @@ class Aligner:
     tokenizer: Callable[[list[str]], Tensor] = field(repr=False)
     device: str = "cpu"
     templates: tuple[str, ...] = TEMPLATES
+    value_features: bool = False
+    """Cells are the values of the last attention (MaskCLIP) rather than its output."""
+    tiling: Tiling | None = None
+    """How large images are cut; None: every image is squashed into one."""
 
     @cached_property
     def kind(self) -> TowerKind:
         """How the image tower is read."""
-        return tower_kind(self.model.visual, self.name)
+        return tower_kind(self.model.visual, self.name, values=self.value_features)
 
     @cached_property
     def size_px(self) -> tuple[int, int]:
@@ -73,6 +78,10 @@ class Aligner:
     def fingerprint(self) -> str:
         """Hash (hex) of the image tower's weights and input: what makes its features reusable."""
         digest = hashlib.sha256(repr((_RESIZING, self.kind.name, self.size_px, self._mean_and_std)).encode())
+        if self.tiling is not None:
+            digest.update(repr(self.tiling).encode())
+        if self._on_gpu:
+            digest.update(b"bfloat16")
         for key, tensor in sorted(self.model.visual.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -83,15 +92,27 @@ class Aligner:
 
         The image is squashed rather than cropped, so that a heatmap always covers all of it.
         """
-        # Antialiased bicubic on bytes: within 2 grey levels of Pillow's, in a quarter of its time.
-        writable = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
-        image = F.interpolate(writable.permute(2, 0, 1)[None], self.size_px, mode="bicubic", antialias=True)[0]
-        return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        return _resized(pixels, self.size_px)
+
+    def tiles(self, pixels: Pixels) -> tuple[Layout, npt.NDArray[np.uint8]]:
+        """Layout and (T, H, W, 3) preprocessed tiles; a single one unless the image is large and `tiling` is set."""
+        whole = Layout(1, 1)
+        layout = whole if self.tiling is None else self.tiling.layout(pixels.shape[:2], self.size_px)
+        if self.tiling is None or layout == whole:
+            return whole, self.preprocess(pixels)[None]
+        grid = self.cell_shape[:2]
+        overlap = self.tiling.overlap(grid)
+        canvas = _resized(pixels, canvas_px(layout, overlap, grid, self.size_px))
+        return layout, cut(canvas, layout, overlap, grid, self.size_px)
 
     def features(self, batch: npt.NDArray[np.uint8]) -> Features:
-        """Cell features of (B, H, W, 3) preprocessed pixels, before the tower's last projection."""
-        with torch.inference_mode():
-            return self.kind.features(self.model.visual, self.normalised(batch))
+        """Cell features of (B, H, W, 3) preprocessed pixels, before the tower's last projection.
+
+        On a CUDA device the tower works in bfloat16 (autocast); what comes back is float32.
+        """
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._on_gpu):
+            found = self.kind.features(self.model.visual, self.normalised(batch))
+        return Features(found.cells.float(), found.pooled.float())
 
     def project(self, cells: Tensor) -> Tensor:
         """Cell features (..., F) in the joint space (..., D)."""
@@ -119,13 +140,37 @@ class Aligner:
         images = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float()
         return images.mul_(1 / (255 * std)).sub_(mean / std)
 
+    def embed_concepts(self, wordings: Sequence[Sequence[str]]) -> npt.NDArray[np.float32]:
+        """(n, D) unit rows: the unit rows of each concept's wordings (its name and synonyms), averaged."""
+        rows = self.embed_text([text for texts in wordings for text in texts])
+        ends = np.cumsum([len(texts) for texts in wordings])
+        means = np.stack([part.mean(0) for part in np.split(rows, ends[:-1])])
+        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+
+    @cached_property
+    def text_scale(self) -> float:
+        """The factor of cosines in the model's own softmax over texts."""
+        scale = getattr(self.model, "logit_scale", None)
+        return 1.0 if scale is None else float(scale.exp())
+
+    @property
+    def _on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         config = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
         return tuple(torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (config.mean, config.std))  # type: ignore[return-value]
 
 
-def load_aligner(spec: str, *, device: str = "cpu", templates: tuple[str, ...] = TEMPLATES) -> Aligner:
+def load_aligner(
+    spec: str,
+    *,
+    device: str = "cpu",
+    templates: tuple[str, ...] = TEMPLATES,
+    value_features: bool = False,
+    tiling: Tiling | None = None,
+) -> Aligner:
     """The aligner named by `spec`, ready for inference.
 
     Args:
@@ -133,6 +178,8 @@ def load_aligner(spec: str, *, device: str = "cpu", templates: tuple[str, ...] =
             such as `ViT-B-32/laion2b_s34b_b79k`.
         device: A torch device.
         templates: Prompt templates with one `{}`.
+        value_features: Read the values of the last attention (MaskCLIP); only vision transformers can be.
+        tiling: How large images are cut; None: never.
 
     Raises:
         ConfigurationError: The model is unknown, not reachable, or has a tower that cannot be read densely.
@@ -140,16 +187,28 @@ def load_aligner(spec: str, *, device: str = "cpu", templates: tuple[str, ...] =
     if spec == EMBEDDED:
         from annotation.alignment.embedded import build_embedded  # noqa: PLC0415  (it imports this module)
 
-        return build_embedded(device=device)
+        # Its own prompt templates stay; a kind that cannot be read as wanted is refused before any work.
+        embedded = replace(build_embedded(device=device), value_features=value_features, tiling=tiling)
+        require_faithful(embedded)
+        return embedded
     name, weights = _split_spec(spec)
     try:
         model: Any = open_clip.create_model_from_pretrained(name, weights, device=device, return_transform=False)
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise _not_loaded(spec, error) from error
-    aligner = Aligner(spec, model.eval().requires_grad_(False), tokenizer, device, templates)
+    model = model.eval().requires_grad_(False)
+    aligner = Aligner(spec, model, tokenizer, device, templates, value_features, tiling)
     require_faithful(aligner)  # an unreadable tower is refused here, not in the middle of a run
     return aligner
+
+
+def _resized(pixels: Pixels, size_px: tuple[int, int]) -> Pixels:
+    """(H, W, 3) uint8 at the given (height, width)."""
+    # Antialiased bicubic on bytes: within 2 grey levels of Pillow's, in a quarter of its time.
+    writable = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    image = F.interpolate(writable.permute(2, 0, 1)[None], size_px, mode="bicubic", antialias=True)[0]
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def require_faithful(aligner: Aligner) -> None:
@@ -162,8 +221,9 @@ def require_faithful(aligner: Aligner) -> None:
         return
     noise = np.random.default_rng(0).integers(0, 256, (1, *aligner.size_px, 3), dtype=np.uint8)
     try:
-        dense = aligner.dense(noise)
-        gap = float((dense.cells.mean((1, 2)) - dense.pooled).abs().max() / dense.pooled.abs().max().clamp_min(1e-12))
+        with torch.inference_mode():  # in full precision, whatever the device: this is about equality
+            cells, pooled = aligner.kind.features(aligner.model.visual, aligner.normalised(noise))
+        gap = float((aligner.project(cells).mean((1, 2)) - pooled).abs().max() / pooled.abs().max().clamp_min(1e-12))
     except RuntimeError:  # shapes that do not even fit
         gap = float("inf")
     if gap > 1e-3:

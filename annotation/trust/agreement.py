@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,12 @@ Answers = npt.NDArray[np.floating]
 FUSED = "fused"
 """Name under which the machine's fused labels stand beside witnesses."""
 _Z = float(norm.ppf(0.975))
+_MUCH_APART = 0.3
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % interval; all NaN where it is undefined."""
+    """A number with its 95 % interval; NaN where it is undefined."""
 
     value: float
     low: float
@@ -44,6 +46,10 @@ class Agreement:
     """Cells that both answered."""
     prevalence: float
     """Share of presence in the reference."""
+    said_fraction: float
+    """Share of presence in the answers: at 0 or 1 kappa is 0 whatever the reference says."""
+    pabak: float
+    """Prevalence-adjusted, bias-adjusted kappa: twice the observed agreement, less 1."""
     kappa: Interval
     sensitivity: Interval
     specificity: Interval
@@ -54,7 +60,12 @@ class Agreement:
 
     def flat(self) -> dict[str, float]:
         """One table row: each number with `_low` and `_high`."""
-        row: dict[str, float] = {"n": self.n, "prevalence": self.prevalence}
+        row: dict[str, float] = {
+            "n": self.n,
+            "prevalence": self.prevalence,
+            "said_fraction": self.said_fraction,
+            "pabak": self.pabak,
+        }
         for name, value in asdict(self).items():
             if isinstance(value, dict):
                 row |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
@@ -90,6 +101,8 @@ def agreement(
     return Agreement(
         n=int(both.sum()),
         prevalence=proportion(tp + fn, effective.sum()).value,
+        said_fraction=proportion(tp + fp, effective.sum()).value,
+        pabak=pabak_of(tp, fp, fn, tn),
         kappa=kappa_interval(tp, fp, fn, tn),
         sensitivity=proportion(tp, tp + fn),
         specificity=proportion(tn, tn + fp),
@@ -107,29 +120,44 @@ def witness_agreement(
     *,
     reference: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """One row per witness, reference and concept: n, prevalence, kappa, sensitivity, …, each with `_low`, `_high`.
+    """One row per pair of witnesses and concept: n, prevalence, kappa, sensitivity, …, each with `_low`, `_high`.
 
-    The reference is `reference` (judgements, such as an answer sheet) if given, else the first expert in the ledger,
-    else given labels, else each witness in turn. Cells that a person decided do not count for `fused`: it would be
-    compared with itself.
+    Every pair stands once, the more trusted of the two as the reference: experts, then given labels, VLMs, alignment;
+    `fused` last. With `reference` (judgements, such as an answer sheet) every witness is held against that alone.
+    Cells that a person decided do not count for `fused`: it would be compared with itself. `note` says in words why a
+    kappa means little.
     """
     standing = latest(judgements)
     image_ids = _image_ids(standing, alignment, labels)
     sources = sources_of(standing, alignment, labels, image_ids, vocabulary)
-    if reference is not None:
-        references = {"reference": _judged(latest(reference), image_ids, vocabulary).answers}
+    if reference is None:
+        pairs = list(combinations(sources, 2))
+        references = {name: source.answers for name, source in sources.items()}
     else:
-        people = [name for name in sources if name.startswith((f"{Witness.EXPERT}:", f"{Witness.GIVEN}:"))]
-        references = {name: sources[name].answers for name in people[:1] or sources if name != FUSED}
-    rows = [
-        {"witness": name, "reference": against, "concept_id": concept_id}
-        | agreement(source.answers[:, k], true[:, k], source.score[:, k]).flat()
-        for against, true in references.items()
-        for name, source in sources.items()
-        if name != against
-        for k, concept_id in enumerate(vocabulary.ids)
-    ]
-    return pd.DataFrame(rows, columns=["witness", "reference", "concept_id", *agreement(*[np.zeros(0)] * 2).flat()])
+        pairs = [("reference", name) for name in sources]
+        references = {"reference": _judged(latest(reference), image_ids, vocabulary).answers}
+    rows = []
+    for against, name in pairs:
+        source, true = sources[name], references[against]
+        for k, concept_id in enumerate(vocabulary.ids):
+            found = agreement(source.answers[:, k], true[:, k], source.score[:, k])
+            row = {"witness": name, "reference": against, "concept_id": concept_id}
+            rows.append(row | found.flat() | {"note": note_of(found)})
+    numbers = agreement(*[np.zeros(0)] * 2).flat()
+    return pd.DataFrame(rows, columns=["witness", "reference", "concept_id", *numbers, "note"])
+
+
+def note_of(found: Agreement) -> str:
+    """Why a kappa means little, in words; empty where it means what it says."""
+    if not found.n:
+        return "no cell that both answered"
+    sides = (("the witness", found.said_fraction), ("the reference", found.prevalence))
+    constant = [f"{who} says {'present' if x else 'absent'} of every cell" for who, x in sides if x in (0, 1)]
+    if constant:
+        return f"{' and '.join(constant)}: kappa tells nothing, read pabak"
+    if found.pabak - found.kappa.value > _MUCH_APART:
+        return "one answer is rare: kappa is low although most cells agree, read pabak beside it"
+    return ""
 
 
 def sources_of(
@@ -160,6 +188,12 @@ def proportion(hits: float, total: float) -> Interval:
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     reach = _Z / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     return Interval(float(share), float(max(centre - reach, 0)), float(min(centre + reach, 1)))
+
+
+def pabak_of(tp: float, fp: float, fn: float, tn: float) -> float:
+    """Kappa as it would be were presence and absence equally frequent for both (Byrt, Bishop and Carlin, 1993)."""
+    total = tp + fp + fn + tn
+    return float(2 * (tp + tn) / total - 1) if total > 0 else float("nan")
 
 
 def kappa_interval(tp: float, fp: float, fn: float, tn: float) -> Interval:

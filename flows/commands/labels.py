@@ -6,7 +6,7 @@ import secrets
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ from flows.commands.common import (
     open_console,
 )
 from flows.steps import draw_audit, image_reader, import_sheet, score_audit
+from flows.steps.corrections import AUDIT_DISPUTED_CSV, AUDIT_REJECTED_CSV
 
 audit_app = typer.Typer(help="The expert sample, and its statistics.", no_args_is_help=True)
 
@@ -115,17 +116,25 @@ def import_labels(
 def audit_draw(
     cells: Annotated[int, typer.Option("--cells", min=1, help="Cells (image, concept) the expert is asked for.")] = 200,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sample.")] = 0,
+    more: Annotated[
+        bool, typer.Option("--more", help="Add cells of the concepts that the answers so far leave undecided.")
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="Replace a sheet that has answers in it.")] = False,
     run: RunFlag = None,
     config: ConfigFlag = None,
     quiet: QuietFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Choose cells for an expert and write audit.csv, blind to what the machine said."""
+    """Choose cells for an expert and write audit.csv, blind to what the machine said.
+
+    Give the sheet to a second expert as a copy; `audit score --sheet COPY.csv --reviewer NAME` reads it.
+    """
     console = open_console(quiet=quiet, as_json=as_json)
     context = existing_context(run, config, {}, console)
+    if more and again:
+        raise ConfigurationError("audit draw: expected --more (keep the sheet) or --again (replace it), got both.")
     with context.run.lock():
-        n_cells = draw_audit(context, cells, seed, again=again)
+        n_cells = draw_audit(context, cells, seed, again=again, more=more)
     console.say(f"{n_cells} cells: {context.run.audit_path}; fill the column 'answer' with present or absent.")
     console.say(f"next:    medmicn review --run {context.run.path} (audit page), then medmicn audit score")
     OUTCOME.content["cells"] = n_cells
@@ -135,6 +144,16 @@ def audit_draw(
 @audit_app.command("score")
 def audit_score(
     reviewer: Annotated[str, typer.Option("--reviewer", help="Who filled the sheet.")] = "expert",
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", metavar="FILE.csv", help="A filled copy of audit.csv, say a colleague's.")
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Take the valid rows; list the others in audit_rejected.csv.")
+    ] = False,
+    ordinal: Annotated[
+        list[str] | None,
+        typer.Option("--ordinal", metavar="GROUP[=linear]", help="A group whose values form a scale (may repeat)."),
+    ] = None,
     run: RunFlag = None,
     config: ConfigFlag = None,
     assignments: SetFlag = None,
@@ -145,11 +164,34 @@ def audit_score(
     console = open_console(quiet=quiet, as_json=as_json)
     context = existing_context(run, config, flags_of(assignments), console)
     with context.run.lock():
-        scores = score_audit(context, reviewer)
-    console.say(scores.to_string(index=False, float_format="{:.2f}".format))
-    OUTCOME.content["audit"] = scores.to_dict(orient="records")
+        found = score_audit(context, reviewer, sheet=sheet, partial=partial, ordinal=_scales(ordinal or []))
+    console.say(found.scores.to_string(index=False, float_format="{:.2f}".format))
+    if len(found.experts):
+        console.say(found.experts.to_string(index=False, float_format="{:.2f}".format))
+    if len(found.disputed):
+        console.say(f"{len(found.disputed)} cells are disputed among experts: {AUDIT_DISPUTED_CSV}")
+    if found.n_rejected:
+        console.say(f"{found.n_rejected} rows were left out: {AUDIT_REJECTED_CSV} says why")
+    OUTCOME.content["audit"] = found.scores.to_dict(orient="records")
+    OUTCOME.content["experts"] = found.experts.to_dict(orient="records")
+    OUTCOME.content["answers"] = {
+        "taken": found.n_answers,
+        "rejected": found.n_rejected,
+        "disputed": len(found.disputed),
+    }
     console.say(f"next:    medmicn fuse --run {context.run.path}   (labels that use the expert's answers)")
     finish([], context.run)
+
+
+def _scales(names: list[str]) -> dict[str, Literal["linear", "quadratic"]]:
+    """Group → how far apart two of its values are, from `GROUP` or `GROUP=linear`."""
+    found: dict[str, Literal["linear", "quadratic"]] = {}
+    for name in names:
+        group, _, scale = name.partition("=")
+        if scale not in ("", "linear", "quadratic"):
+            raise ConfigurationError(f"--ordinal {name}: expected GROUP, GROUP=linear or GROUP=quadratic.")
+        found[group] = "linear" if scale == "linear" else "quadratic"
+    return found
 
 
 def serve_locally(app: object, port: int, started: Callable[[str], None]) -> None:

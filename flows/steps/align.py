@@ -13,6 +13,7 @@ from data_contracts.tables import Split, State, Witness, vocabulary_of
 from flows.chain import Context, ShardRunner, Step, StepResult
 from flows.devices import resolve_device
 from flows.ledger import asked_concepts
+from flows.steps.honesty import tested_witnesses
 from flows.steps.images import accepted, image_reader
 
 
@@ -39,8 +40,13 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
         shard_size=context.settings.flow.shard_size,
         n_folds=settings.n_folds,
         seed=settings.seed,
+        templates=settings.templates,
+        value_features=settings.value_features,
+        tile_above=settings.tile_above,
+        tile_overlap=settings.tile_overlap,
+        max_tiles_per_side=settings.max_tiles_per_side,
     )
-    judgements = without_people_on_test(run.read_judgements(), images)
+    judgements, groups = without_people_on_test(run.read_judgements(), images), _groups(images)
     if options.adapts:
         _require_answers(judgements)
     unread: list[str] = []
@@ -55,15 +61,18 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
             vocabulary,
             judgements,
             options,
-            groups=_groups(images),
+            groups=groups,
             cache_dir=run.cache_dir,
             advance=advance,
             on_rejected=note,
         )
         n_rows = run.write_alignment(shards)
+    files, refusals = tested_witnesses(context, images, vocabulary, judgements, options, groups)
     n_dropped = _drop_unseen(context)
     counts: dict[str, float] = {"cells": n_rows, "images": len(images) - len(unread), "concepts": len(vocabulary)}
-    return StepResult(run.alignment_parts(), counts | ({"unseen_concepts": n_dropped} if n_dropped else {}), unread)
+    counts |= {"unseen_concepts": n_dropped} if n_dropped else {}
+    counts |= {"refused": len(refusals)} if refusals else {}
+    return StepResult(run.alignment_parts() + files, counts, unread + refusals)
 
 
 def _require_answers(judgements: pd.DataFrame) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
-from data_contracts.errors import ConfigurationError, ContractViolation
-from data_contracts.spreadsheet import write_csv
+from data_contracts.errors import ConfigurationError, ContractViolation, InputRefused
+from data_contracts.spreadsheet import read_csv, write_csv
 from data_contracts.store import RunFolder
 from data_contracts.tables import CONCEPTS, LABELS, Witness, vocabulary_of
 from flows.chain import Context
 from flows.ledger import append_new, merge_concepts
 from flows.steps.images import accepted
 from pipeline.import_labels import Imported, given_concepts, read_labels
+from pipeline.sheet import read_sheet
 
+AUDIT_DESIGN_CSV = "audit_design.csv"
 AUDIT_SCORES_CSV = "audit_scores.csv"
+AUDIT_EXPERTS_CSV = "audit_experts.csv"
+AUDIT_DISPUTED_CSV = "audit_disputed.csv"
+AUDIT_REJECTED_CSV = "audit_rejected.csv"
 _SHOWN = 10
 
 
@@ -86,38 +93,152 @@ def _with_given(run: RunFolder, file: Path) -> pd.DataFrame:
     return merge_concepts(run.read_concepts() if run.table_path(CONCEPTS).is_file() else None, found)
 
 
-def draw_audit(context: Context, n_cells: int, seed: int, *, again: bool) -> int:
-    """Write `audit.csv`; returns the number of cells. A sheet with answers in it is only replaced on request."""
-    from annotation.trust.audit import AuditOptions, draw
+@dataclass(frozen=True)
+class AuditScores:
+    """What an audit found."""
+
+    scores: pd.DataFrame
+    """One row per witness and concept."""
+    experts: pd.DataFrame
+    """How experts agree among themselves; empty for one."""
+    disputed: pd.DataFrame
+    """Cells that experts decided differently."""
+    n_answers: int
+    """Answers read from the sheet."""
+    n_rejected: int
+    """Rows of the sheet that were left out."""
+
+
+def draw_audit(context: Context, n_cells: int, seed: int, *, again: bool, more: bool = False) -> int:
+    """Write `audit.csv`; returns the number of new cells.
+
+    A sheet with answers in it is only replaced on request (`again`); `more` adds cells of the concepts that its
+    answers leave undecided.
+    """
+    from annotation.trust.audit import DESIGN_COLUMNS, SHEET_COLUMNS, AuditOptions, draw
 
     run = context.run
-    if run.audit_path.is_file() and not again:
-        answered = int((run.read_audit().get("answer", pd.Series(dtype=str)).str.strip() != "").sum())
+    before = run.read_audit() if run.audit_path.is_file() else None
+    if before is not None and not again and not more:
+        answered = int((before.get("answer", pd.Series(dtype=str)).str.strip() != "").sum())
         if answered:
             raise ConfigurationError(
                 f"{run.audit_path}: {answered} cells are answered already; a new draw would replace them.",
-                remedy="`medmicn audit score` reads them; --again replaces the sheet.",
+                remedy="`medmicn audit score` reads them; --more adds cells of what they leave undecided; --again "
+                "replaces the sheet.",
             )
-    sheet = draw(
-        run.read_labels(),
-        run.read_images(),
-        run.vocabulary(),
-        AuditOptions(n_cells=n_cells, seed=seed),
-    )
+    labels, vocabulary = run.read_labels(), run.vocabulary()
+    options = AuditOptions(n_cells=n_cells, seed=seed)
+    if not more:
+        asked = _answered_blind(run.read_judgements())
+        cells = draw(labels, run.read_images(), vocabulary, options, asked=asked)
+        sheet, design = cells[SHEET_COLUMNS], cells[DESIGN_COLUMNS].assign(round=1)
+    else:
+        earlier = _design(run, before)
+        need = _still_needed(run, earlier)
+        cells = draw(labels, run.read_images(), vocabulary, options, asked=earlier, need=need)
+        sheet = pd.concat([before, cells[SHEET_COLUMNS]], ignore_index=True).fillna("")
+        design = pd.concat([earlier, cells[DESIGN_COLUMNS]], ignore_index=True)
+    # The design first: a cell without a question does no harm, a question without its probability does.
+    write_csv(run.path / AUDIT_DESIGN_CSV, design)
     run.write_audit(sheet)
-    return len(sheet)
+    return len(cells)
 
 
-def score_audit(context: Context, reviewer: str) -> pd.DataFrame:
-    """Score every witness against the expert's answers, and add the answers to the ledger."""
-    from annotation.trust.audit import read_audit, score
+def score_audit(
+    context: Context,
+    reviewer: str,
+    *,
+    sheet: Path | None = None,
+    partial: bool = False,
+    ordinal: Mapping[str, Literal["linear", "quadratic"]] | None = None,
+) -> AuditScores:
+    """Score every witness against all experts who answered blind, and add this sheet's answers to the ledger.
+
+    Nothing is taken from a sheet with a fault; with `partial` the valid rows are, and the others are written to
+    `audit_rejected.csv`.
+    """
+    from annotation.trust.audit import answers_of, score
+    from annotation.trust.audit_sheet import AUDIT_EVIDENCE, check_sheet
+    from annotation.trust.experts import disputed_cells, expert_agreement
 
     run = context.run
-    sheet, vocabulary = run.read_audit(), run.vocabulary()
-    answers = read_audit(
-        sheet, accepted(run.read_images()), vocabulary, reviewer=reviewer, created_at=datetime.now(UTC)
+    filled, row_numbers = _text_cells(sheet or run.audit_path)
+    vocabulary, design = run.vocabulary(), _design(run, filled)
+    unknown = [group for group in ordinal or {} if group not in vocabulary.groups]
+    if unknown:
+        known = ", ".join(vocabulary.groups) or "none"
+        raise ConfigurationError(f"--ordinal {unknown[0]}: expected a group of concepts of this run ({known}).")
+    reading = check_sheet(filled, accepted(run.read_images()), vocabulary, drawn=design, row_numbers=row_numbers)
+    if not partial:
+        reading.require((sheet or run.audit_path).name)
+    answers = reading.judgements(reviewer, datetime.now(UTC))
+    stored = run.read_judgements()
+    ledger = pd.concat([part for part in (stored, answers) if len(part)], ignore_index=True) if len(answers) else stored
+    scores = score(answers_of(ledger, design), ledger, run.read_alignment_scores(), vocabulary)
+    blind = ledger[ledger["evidence"] == AUDIT_EVIDENCE]
+    found = AuditScores(
+        scores,
+        expert_agreement(blind, vocabulary, ordinal),
+        disputed_cells(blind),
+        len(answers),
+        len(reading.rejected),
     )
-    scores = score(sheet, run.read_judgements(), run.read_alignment_scores(), vocabulary)
     write_csv(run.path / AUDIT_SCORES_CSV, scores)
+    write_csv(run.path / AUDIT_EXPERTS_CSV, found.experts)
+    write_csv(run.path / AUDIT_DISPUTED_CSV, found.disputed)
+    write_csv(run.path / AUDIT_REJECTED_CSV, reading.rejected)
     append_new(run, answers)
-    return scores
+    return found
+
+
+def _text_cells(path: Path) -> tuple[pd.DataFrame, list[int]]:
+    """(cells as text, where each row stands in the file), whatever a spreadsheet did to the file."""
+    if not path.is_file():
+        raise InputRefused(f"{path}: expected the audit sheet, found none.", remedy="Make it: medmicn audit draw")
+    sheet = read_sheet(path)
+    cells = pd.DataFrame([cells for _, cells in sheet.rows], columns=list(sheet.header), dtype="str")
+    cells.columns = [
+        name.casefold() if name.casefold() in ("image_id", "concept_id", "answer") else name for name in sheet.header
+    ]
+    return cells, [number for number, _ in sheet.rows]
+
+
+def _design(run: RunFolder, sheet: pd.DataFrame | None) -> pd.DataFrame:
+    """How the cells were drawn: from `audit_design.csv`, which `audit draw` writes beside the sheet."""
+    path = run.path / AUDIT_DESIGN_CSV
+    if sheet is None or not path.is_file():
+        raise InputRefused(
+            f"{path}: expected how the cells of audit.csv were drawn, found nothing; nothing was imported.",
+            remedy="Draw a sheet with `medmicn audit draw`; answers to other cells: `medmicn import-labels`.",
+        )
+    # As text: an id may look like a number.
+    design = read_csv(path, as_text=True)
+    return design.astype({"round": "int64", "inclusion_probability": "float64"})
+
+
+def _answered_blind(judgements: pd.DataFrame) -> pd.DataFrame:
+    """Cells of earlier audits, which are not asked again, as a design before the first round."""
+    from annotation.trust.audit_sheet import AUDIT_EVIDENCE
+
+    cells = judgements.loc[judgements["evidence"] == AUDIT_EVIDENCE, ["image_id", "concept_id"]].drop_duplicates()
+    return cells.assign(round=0)
+
+
+def _still_needed(run: RunFolder, design: pd.DataFrame) -> dict[str, float]:
+    """Concept → how much is to be asked of it: the root of the cells that would settle it, 0 where it is settled."""
+    from annotation.trust.audit import AuditOptions, answers_of, score
+
+    ledger, vocabulary = run.read_judgements(), run.vocabulary()
+    answered = answers_of(ledger, design)
+    if (answered["answer"] == "").all():
+        raise ConfigurationError(
+            f"{run.audit_path}: no answer was taken yet, so nothing can be said of what is undecided.",
+            remedy="Fill the sheet, then `medmicn audit score`.",
+        )
+    scores = score(answered, ledger, run.read_alignment_scores(), vocabulary, AuditOptions())
+    fused = scores[scores["recommendation"].notna()].set_index("concept_id")["n_more_cells"].astype("float64")
+    need = {str(concept): float(n) ** 0.5 for concept, n in fused.items() if n > 0}
+    if not need:
+        raise ConfigurationError("audit draw --more: every concept is settled, or lies on the limit itself.")
+    return need

@@ -12,6 +12,7 @@ from data_contracts.files import sha256_of_file
 from data_contracts.spreadsheet import write_csv
 from data_contracts.tables import CONCEPTS, IMAGES, LABELS, Split
 from flows.chain import Context, ShardRunner, Step, StepResult
+from flows.steps.honesty import REFUSED_CSV, refused_of
 from flows.steps.images import accepted
 from pipeline.export import wide_labels
 
@@ -23,6 +24,7 @@ THRESHOLDS_CSV = "thresholds.csv"
 def _inputs(context: Context) -> Mapping[str, Any]:
     run = context.run
     tables = [run.table_path(CONCEPTS), run.table_path(IMAGES), *run.alignment_parts()]
+    tables += [path for path in [run.path / REFUSED_CSV] if path.is_file()]
     return {
         "tables": {path.name: sha256_of_file(path) for path in tables},
         "ledger": sorted(path.name for path in run.judgements_dir.glob("part-*.parquet")),
@@ -32,21 +34,23 @@ def _inputs(context: Context) -> Mapping[str, Any]:
 
 def _work(context: Context, _shards: ShardRunner) -> StepResult:
     from annotation.trust.fuse import FuseOptions, fuse
+    from annotation.trust.refuse import silenced
 
     run, settings = context.run, context.settings.labels
     images, vocabulary = accepted(run.read_images()), run.vocabulary()
     # Images and concepts that left the run stay in the ledger, but get no label.
     judgements = _of_this_run(run.read_judgements(), images, vocabulary.ids)
     scores = _of_this_run(run.read_alignment_scores(), images, vocabulary.ids)
+    heard, heard_scores = silenced(judgements, scores, refused_of(run))
     outputs = [run.table_path(LABELS), run.labels_csv_path]
     thresholds = None
     if settings.threshold != "none":
-        thresholds = _thresholds(context, scores, judgements, images)
+        thresholds = _thresholds(context, heard_scores, heard, images)
         write_csv(run.path / THRESHOLDS_CSV, thresholds)
         outputs.append(run.path / THRESHOLDS_CSV)
     options = FuseOptions(abstain_low=settings.abstain_low, abstain_high=settings.abstain_high)
     learn_from = _outside_test(images)["image_id"].tolist()
-    labels = fuse(judgements, scores, vocabulary, options, thresholds=thresholds, learn_from=learn_from)
+    labels = fuse(heard, heard_scores, vocabulary, options, thresholds=thresholds, learn_from=learn_from)
     run.write_labels(labels, wide_labels(images, labels, vocabulary))
     trust_files, leaks = _write_trust(context, labels, judgements, scores, images)
     abstained = float(labels["present"].isna().mean()) if len(labels) else 0.0

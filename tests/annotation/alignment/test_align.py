@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
-from annotation.alignment.align import AlignOptions, align, concept_texts
+from annotation.alignment.align import AlignOptions, align, concept_texts, concept_wordings, reference_texts
 from annotation.alignment.towers import load_aligner
 from data_contracts.concepts import Concept, Vocabulary
 from data_contracts.errors import ConfigurationError, ImageRejected, RejectReason
@@ -153,16 +153,20 @@ def test_the_embedded_model_asks_for_judgements(tmp_path: Path) -> None:
         list(align(IDS, read, VOCABULARY, judgements().iloc[:0], AlignOptions(), cache_dir=tmp_path))
 
 
-def test_a_pretrained_model_needs_no_judgement_and_claims_no_probability(tmp_path: Path) -> None:
-    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+def tiny_clip(folder: Path) -> str:
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     torch.manual_seed(0)
     model: Any = open_clip.CLIP(24, vision, text)  # type: ignore[arg-type]
-    (tmp_path / "open_clip_config.json").write_text(
+    (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}})
     )
-    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-    spec = f"local-dir:{tmp_path}"
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def test_a_pretrained_model_needs_no_judgement_and_claims_no_probability(tmp_path: Path) -> None:
+    spec = tiny_clip(tmp_path)
     options = AlignOptions(model=spec, batch_size=8)
     table = pa.concat_tables(
         align(IDS[:9], read, VOCABULARY, judgements().iloc[:0], options, cache_dir=tmp_path / "cache")
@@ -171,8 +175,56 @@ def test_a_pretrained_model_needs_no_judgement_and_claims_no_probability(tmp_pat
     assert table.column("heatmap").combine_chunks().value_lengths().unique().to_pylist() == [4]
     aligner = load_aligner(spec)
     cells = aligner.dense(aligner.preprocess(read(IDS[0]))[None]).cells.flatten(1, 2)
-    cosines = torch.nn.functional.normalize(cells, dim=-1) @ torch.from_numpy(aligner.embed_text(["red", "dark"])).T
+    unit = torch.nn.functional.normalize(cells, dim=-1)
+    cosines = unit @ torch.from_numpy(aligner.embed_text(["red", "dark"])).T
     np.testing.assert_allclose(table.column("similarity").to_numpy()[:2], cosines.mean(1)[0].numpy(), atol=1e-3)
+    texts, applies = reference_texts(VOCABULARY)
+    references = (unit @ torch.from_numpy(aligner.embed_text(texts)).T).mean(1)[0]
+    logits = aligner.text_scale * torch.cat([cosines.mean(1)[0, :1], references[torch.from_numpy(applies[0])]])
+    expected = torch.softmax(logits, 0)[0].item()
+    assert table.column("contrast")[0].as_py() == pytest.approx(expected, rel=0.02)
+
+
+def test_large_images_get_more_cells_and_small_ones_the_same(tmp_path: Path) -> None:
+    def mixed(image_id: str) -> Pixels:
+        small = read(image_id)
+        return np.tile(small, (2, 2, 1)) if IDS.index(image_id) % 2 else small[:40, :40]
+
+    options = AlignOptions(model=tiny_clip(tmp_path), batch_size=4, tile_above=2.0, tile_overlap=0.5)
+    bare = options.model_copy(update={"tile_above": None})
+    tiled, whole = (
+        pa.concat_tables(align(IDS[:6], mixed, VOCABULARY, judgements().iloc[:0], o, cache_dir=tmp_path / "cache"))
+        for o in (options, bare)
+    )
+    assert tiled.column("image_id").to_pylist() == list(np.repeat(IDS[:6], 2))
+    # 100 × 140 px in tiles of 32 px (2 × 2 cells) that overlap by half: four a side, as many as may be.
+    assert tiled.column("grid_h").to_pylist() == [2, 2, 5, 5] * 3
+    lengths = tiled.column("heatmap").combine_chunks().value_lengths().to_pylist()
+    assert lengths == [4, 4, 25, 25] * 3
+    similarity = [t.column("similarity").to_numpy().reshape(6, 2) for t in (tiled, whole)]
+    np.testing.assert_allclose(similarity[0][::2], similarity[1][::2], atol=1e-6)
+    assert np.abs(similarity[0][1::2] - similarity[1][1::2]).max() > 1e-4
+    again = pa.concat_tables(
+        align(IDS[:6], mixed, VOCABULARY, judgements().iloc[:0], options, cache_dir=tmp_path / "cache")
+    )
+    np.testing.assert_allclose(again.column("similarity").to_numpy(), similarity[0].ravel(), atol=1e-6)
+
+
+def test_fitted_heads_give_a_probability_and_no_contrast(aligned: pa.Table) -> None:
+    assert aligned.column("contrast").null_count == aligned.num_rows
+    assert aligned.column("probability").null_count == 0
+
+
+def test_wordings_are_name_and_synonyms_and_references_deny_and_confuse() -> None:
+    vocabulary = Vocabulary.of(
+        [Concept("scale", "scale", synonyms=("flakes", " ")), Concept("fold", "fold", contrast="a scar")]
+    )
+    assert concept_wordings(vocabulary) == [("scale", "flakes"), ("fold",)]
+    texts, applies = reference_texts(vocabulary)
+    own = [{t for t, a in zip(texts, row, strict=True) if a} for row in applies]
+    assert own[0] - own[1] == {"no scale"}
+    assert own[1] - own[0] == {"no fold", "a scar"}
+    assert "an image" in own[0] & own[1]
 
 
 def test_nothing_to_align_is_no_table(tmp_path: Path) -> None:

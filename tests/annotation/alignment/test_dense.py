@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from annotation.alignment.dense import heatmaps
+from annotation.alignment.dense import heatmaps, reference_contrast
 
 
 def test_maps_are_cosines_and_the_score_is_their_mean() -> None:
@@ -30,3 +30,20 @@ def test_empty_cells_are_cosine_zero_and_missing_nulls_are_not_a_number() -> Non
     found = heatmaps(torch.zeros(1, 2, 2, 3), torch.eye(3))
     assert found.maps.abs().max() == 0
     assert found.null_similarity.isnan().all()
+
+
+def test_contrast_is_the_share_in_a_softmax_with_the_concepts_own_references() -> None:
+    similarity = torch.tensor([[0.3, 0.1]])
+    references = torch.tensor([[0.2, 0.25, 0.9]])
+    applies = torch.tensor([[True, True, False], [True, False, False]])
+    found = reference_contrast(similarity, references, applies, 10.0)
+    first = torch.softmax(10 * torch.tensor([0.3, 0.2, 0.25]), 0)[0]
+    second = torch.softmax(10 * torch.tensor([0.1, 0.2]), 0)[0]
+    torch.testing.assert_close(found.float(), torch.stack([first, second])[None])
+
+
+def test_what_image_and_references_share_cancels_in_the_contrast() -> None:
+    applies = torch.ones(1, 1, dtype=torch.bool)
+    low = reference_contrast(torch.tensor([[0.1]]), torch.tensor([[0.05]]), applies, 100.0)
+    high = reference_contrast(torch.tensor([[0.6]]), torch.tensor([[0.55]]), applies, 100.0)
+    torch.testing.assert_close(low, high, rtol=1e-4, atol=1e-6)

@@ -14,7 +14,7 @@ def cells(n: int, seed: int = 0) -> np.ndarray:
 
 
 def open_store(folder: Path, max_bytes: int = 10**6) -> CellStore:
-    return CellStore(folder, SHAPE, max_bytes=max_bytes)
+    return CellStore(folder, SHAPE[2], max_bytes=max_bytes)
 
 
 def test_what_was_added_is_there_after_reopening(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_segment_without_its_index_or_cut_off_is_not_used(tmp_path: Path) -> N
 
 def test_another_shape_is_not_mistaken_for_this_one(tmp_path: Path) -> None:
     open_store(tmp_path).add(["a"], cells(1))
-    assert "a" not in CellStore(tmp_path, (2, 2, 6), max_bytes=10**6)
+    assert "a" not in CellStore(tmp_path, 6, max_bytes=10**6)
 
 
 def test_a_full_store_takes_no_more(tmp_path: Path) -> None:
@@ -51,3 +51,13 @@ def test_a_full_store_takes_no_more(tmp_path: Path) -> None:
     store.add(["c"], cells(1))
     assert "c" not in store
     assert len(store) == 2
+
+
+def test_tiled_images_keep_their_larger_grid(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    large = np.random.default_rng(3).random((1, 5, 3, 4)).astype(np.float16)
+    store.add(["a"], cells(1))
+    store.add(["big"], large)
+    again = open_store(tmp_path)
+    assert (again.grid("a"), again.grid("big")) == ((2, 3), (5, 3))
+    np.testing.assert_array_equal(again.read(["big"]), large)

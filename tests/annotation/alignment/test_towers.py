@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from annotation.alignment.kinds import tower_kind
+from annotation.alignment.tiles import Tiling
 from annotation.alignment.towers import Aligner, load_aligner, require_faithful
 from data_contracts.errors import ConfigurationError
 
@@ -172,3 +174,64 @@ def test_hub_model_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_names_must_be_known_and_name_their_weights(spec: str, named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         load_aligner(spec)
+
+
+def test_value_features_of_a_vit_are_its_last_attention_attending_to_itself_only() -> None:
+    aligner = replace(aligner_of(VIT, open_clip.CLIP), value_features=True)
+    block = aligner.model.visual.transformer.resblocks[-1]
+    caught: list[torch.Tensor] = []
+    hook = block.register_forward_pre_hook(
+        lambda _module, args, kwargs: caught.append(args[0] if args else kwargs["q_x"]), with_kwargs=True
+    )
+    found = aligner.dense(random_batch(aligner))
+    hook.remove()
+    tokens = block.ln_1(caught[0])[:, 1:]
+    only_itself = torch.full((16, 16), float("-inf")).fill_diagonal_(0)
+    values = block.attn(tokens, tokens, tokens, attn_mask=only_itself, need_weights=False)[0]
+    expected = aligner.model.visual.ln_post(values) @ aligner.model.visual.proj
+    torch.testing.assert_close(found.cells, expected.unflatten(1, (4, 4)))
+
+
+def test_value_features_of_a_timm_vit_are_its_last_attention_attending_to_itself_only() -> None:
+    aligner = replace(aligner_of(TIMM_VIT), value_features=True)
+    trunk = aligner.model.visual.trunk
+    caught: list[torch.Tensor] = []
+    hook = trunk.blocks[-1].register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+    found = aligner.dense(random_batch(aligner))
+    hook.remove()
+    attention = trunk.blocks[-1].attn
+    tokens = trunk.blocks[-1].norm1(caught[0])[:, trunk.num_prefix_tokens :]
+    # Alone, a token attends to itself with weight 1: what comes out is its own value.
+    alone = attention(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])[:, :, 0]
+    expected = aligner.model.visual.head(trunk.fc_norm(trunk.norm(alone)))
+    torch.testing.assert_close(found.cells.flatten(1, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("vision", "named"),
+    [
+        (RESNET, "kind modified_resnet"),
+        (TIMM_CNN, "kind timm_average_cnn"),
+        ({**VIT, "layers": 1}, "1 block"),
+    ],
+)
+def test_value_features_are_refused_by_name_elsewhere(vision: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError, match="value_features") as caught:
+        _ = replace(aligner_of(vision), value_features=True).kind
+    assert named in str(caught.value)
+
+
+def test_value_features_and_tiling_have_features_of_their_own_in_the_cache() -> None:
+    aligner = aligner_of(VIT)
+    tiled = replace(aligner, tiling=Tiling(2.0, 0.25, 4))
+    values = replace(aligner, value_features=True)
+    assert len({aligner.fingerprint, tiled.fingerprint, values.fingerprint}) == 3
+
+
+def test_synonyms_are_averaged_as_units() -> None:
+    aligner = aligner_of(VIT)
+    found = aligner.embed_concepts([("scale", "flakes", "squame"), ("papule",)])
+    rows = aligner.embed_text(["scale", "flakes", "squame", "papule"])
+    mean = rows[:3].mean(0)
+    np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), rtol=1e-5)
+    np.testing.assert_allclose(found[1], rows[3], rtol=1e-5)

@@ -125,7 +125,7 @@ def test_witnesses_are_held_against_the_expert_where_there_is_one() -> None:
         }
     )
     table = witness_agreement(ledger, alignment, None, VOCABULARY).set_index("witness")
-    assert set(table["reference"]) == {"expert:dr"}
+    table = table[table["reference"] == "expert:dr"]
     assert table.loc["vlm:m", "kappa"] == pytest.approx(cohen_kappa_score(said, true))
     assert table.loc["alignment", "auroc"] == pytest.approx(roc_auc_score(true, score))
     assert np.isnan(table.loc["alignment", "kappa"])
@@ -143,8 +143,8 @@ def test_fused_labels_that_the_expert_decided_do_not_count() -> None:
             "decided_by": ["expert"] * 50 + ["vlm"] * 10,
         }
     )
-    table = witness_agreement(ledger, None, labels, VOCABULARY).set_index("witness")
-    assert table.loc["fused", "n"] == 10
+    table = witness_agreement(ledger, None, labels, VOCABULARY).set_index(["witness", "reference"])
+    assert table.loc[("fused", "expert:dr"), "n"] == 10
 
 
 def test_an_answer_sheet_can_be_the_reference() -> None:
@@ -159,4 +159,32 @@ def test_an_answer_sheet_can_be_the_reference() -> None:
 def test_without_people_machines_are_compared_with_each_other() -> None:
     said, true, _ = answers(60)
     table = witness_agreement(pd.concat([judged(said, "vlm", "m"), judged(true, "vlm", "n")]), None, None, VOCABULARY)
-    assert table[["witness", "reference"]].to_numpy().tolist() == [["vlm:n", "vlm:m"], ["vlm:m", "vlm:n"]]
+    assert table[["witness", "reference"]].to_numpy().tolist() == [["vlm:n", "vlm:m"]]
+
+
+def test_every_pair_stands_once_and_the_more_trusted_is_the_reference() -> None:
+    said, true, _ = answers(60)
+    ledger = pd.concat([judged(said, "vlm", "m"), judged(true, "given", "csv"), judged(true, "expert", "dr")])
+    table = witness_agreement(ledger, None, None, VOCABULARY)
+    assert table[["reference", "witness"]].to_numpy().tolist() == [
+        ["expert:dr", "given:csv"],
+        ["expert:dr", "vlm:m"],
+        ["given:csv", "vlm:m"],
+    ]
+
+
+def test_a_constant_answer_explains_its_kappa_of_zero() -> None:
+    _, true, _ = answers(60)
+    table = witness_agreement(
+        pd.concat([judged(np.zeros(60), "vlm", "m"), judged(true, "expert", "dr")]), None, None, VOCABULARY
+    )
+    row = table.iloc[0]
+    assert (row["kappa"], row["said_fraction"]) == (0, 0)
+    assert row["pabak"] == pytest.approx(2 * (true == 0).mean() - 1)
+    assert "absent of every cell" in row["note"]
+    rare = np.r_[1.0, np.zeros(59)]
+    other = np.r_[0.0, 1.0, np.zeros(58)]
+    found = witness_agreement(
+        pd.concat([judged(rare, "vlm", "m"), judged(other, "expert", "dr")]), None, None, VOCABULARY
+    )
+    assert "rare" in found.iloc[0]["note"]

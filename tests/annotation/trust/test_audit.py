@@ -1,13 +1,28 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from annotation.trust.audit import COLUMNS, AuditOptions, draw, read_audit, score
+from annotation.trust.agreement import Source, agreement
+from annotation.trust.audit import (
+    COLUMNS,
+    DESIGN_COLUMNS,
+    SHEET_COLUMNS,
+    AuditOptions,
+    advice,
+    answered_cells,
+    answers_of,
+    draw,
+    read_audit,
+    samples_of,
+    score,
+)
 from annotation.trust.fuse import fuse
+from annotation.trust.intervals import audited
 from data_contracts.concepts import Concept, Vocabulary
 from data_contracts.errors import ContractViolation
 from data_contracts.tables import JUDGEMENTS
@@ -49,15 +64,26 @@ def ledger(seed: int = 1) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+@cache
+def machine_labels() -> pd.DataFrame:
+    return fuse(ledger(), None, VOCABULARY)
+
+
 def drawn(n_cells: int = 200, seed: int = 0) -> pd.DataFrame:
-    labels = fuse(ledger(), None, VOCABULARY)
-    return draw(labels, IMAGES, VOCABULARY, AuditOptions(n_cells=n_cells, seed=seed))
+    return draw(machine_labels(), IMAGES, VOCABULARY, AuditOptions(n_cells=n_cells, seed=seed))
 
 
 def filled(cells: pd.DataFrame) -> pd.DataFrame:
     true = pd.Series(TRUTH.ravel(), pd.MultiIndex.from_product([IDS, VOCABULARY.ids]))
     keys = pd.MultiIndex.from_frame(cells[["image_id", "concept_id"]])
     return cells.assign(answer=np.where(true.loc[keys].to_numpy(), "1", "0"))
+
+
+def sensitivity_of_m(audit: pd.DataFrame) -> float:
+    """Of the VLM `m` about `good`, without fusing anew for every audit."""
+    cells = answered_cells(audit, VOCABULARY)
+    said = ledger().query("witness_model == 'm'")["state"].eq("present").to_numpy(float).reshape(N, 2)
+    return audited(samples_of(cells, Source(said, said), np.asarray(IDS, object), VOCABULARY))[0].sensitivity.value
 
 
 def test_the_draw_has_the_asked_size_once_each_and_no_test_or_rejected_image() -> None:
@@ -76,8 +102,66 @@ def test_the_draw_is_seeded() -> None:
 
 
 def test_inclusion_probabilities_stand_for_the_whole_population() -> None:
-    weight = 1 / drawn()["inclusion_probability"]
-    assert weight.sum() == pytest.approx(700 * 2, rel=1e-6)
+    totals = [(1 / drawn(seed=seed)["inclusion_probability"]).sum() for seed in range(20)]
+    assert np.mean(totals) == pytest.approx(700 * 2, rel=0.02)
+
+
+def test_the_sheet_shows_nothing_that_depends_on_the_machine() -> None:
+    assert not set(SHEET_COLUMNS) & {"stratum", "inclusion_probability", "round"}
+    assert set(COLUMNS) == set(SHEET_COLUMNS) | set(DESIGN_COLUMNS)
+
+
+def test_no_cell_stands_for_more_than_the_even_share_allows() -> None:
+    even = draw(machine_labels(), IMAGES, VOCABULARY, AuditOptions(even_share=1))
+    assert even.groupby("stratum")["inclusion_probability"].nunique().max() == 1
+    labels = machine_labels().assign(disagreement=np.where(np.arange(2 * N) % 40 == 0, 1.0, 0.0), probability=0.01)
+    n_of_concept = 700
+    mixed = draw(labels, IMAGES, VOCABULARY, AuditOptions(n_cells=100))
+    n_drawn = mixed["concept_id"].map(mixed["concept_id"].value_counts())
+    assert mixed["inclusion_probability"].nunique() > 1
+    assert (1 / mixed["inclusion_probability"] <= 2 * n_of_concept / n_drawn + 1e-6).all()
+
+
+def test_cells_whose_answer_changes_more_are_asked_more_often() -> None:
+    n = 2000
+    labels = pd.DataFrame(
+        {
+            "image_id": [f"i{i:04d}" for i in range(n)],
+            "concept_id": "good",
+            "probability": 0.2,
+            "decided_by": "vlm",
+            "disagreement": np.where(np.arange(n) < n // 2, 0.9, 0.0),
+        }
+    )
+    images = labels[["image_id"]].assign(path="p", label="x", split="train", rejected=None)
+    cells = draw(labels, images, VOCABULARY, AuditOptions(n_cells=300))
+    disputed = cells["image_id"].isin(labels["image_id"][: n // 2])
+    assert disputed.mean() > 0.55
+    weight = 1 / cells["inclusion_probability"]
+    assert weight[disputed].sum() / weight.sum() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_second_round_asks_new_cells_of_what_is_needed_only() -> None:
+    first = drawn(100)
+    more = draw(machine_labels(), IMAGES, VOCABULARY, AuditOptions(n_cells=80), asked=first, need={"bad": 1.0})
+    assert set(more["concept_id"]) == {"bad"}
+    assert set(more["round"]) == {2}
+    assert len(more) == 80
+    assert more.merge(first, on=["image_id", "concept_id"]).empty
+    assert not set(more["stratum"]) & set(first["stratum"])
+
+
+def test_two_rounds_together_are_unbiased() -> None:
+    labels = machine_labels()
+    said = ledger().query("witness_model == 'm' and concept_id == 'good'")["state"].eq("present").to_numpy()[:700]
+    found = []
+    for seed in range(16):
+        first = drawn(120, seed)
+        more = draw(
+            labels, IMAGES, VOCABULARY, AuditOptions(n_cells=120, seed=seed), asked=first, need={"good": 1, "bad": 0.3}
+        )
+        found.append(sensitivity_of_m(filled(pd.concat([first, more], ignore_index=True))))
+    assert np.mean(found) == pytest.approx(said[TRUTH[:700, 0]].mean(), abs=0.025)
 
 
 def test_both_classes_and_every_stratum_are_asked() -> None:
@@ -90,6 +174,56 @@ def test_asking_for_more_than_there_is_gives_everything() -> None:
     cells = drawn(10_000)
     assert len(cells) == 1400
     assert set(cells["inclusion_probability"]) == {1.0}
+
+
+def test_where_everything_was_asked_the_interval_is_the_number_itself() -> None:
+    table = score(filled(drawn(10_000)), ledger(), None, VOCABULARY).set_index(["witness", "concept_id"])
+    row = table.loc[("vlm:m", "good")]
+    said = ledger().query("witness_model == 'm' and concept_id == 'good'")["state"].eq("present").to_numpy()[:700]
+    assert row["kappa"] == pytest.approx(agreement(said * 1.0, TRUTH[:700, 0] * 1.0).kappa.value)
+    assert row["kappa_high"] - row["kappa_low"] < 0.02
+
+
+def test_unanswered_cells_are_stood_for_by_their_stratum() -> None:
+    cells = filled(drawn(400))
+    some = cells.assign(answer=np.where(np.arange(400) % 2 == 0, cells["answer"], ""))
+    whole, half = (score(c, ledger(), None, VOCABULARY).set_index(["witness", "concept_id"]) for c in (cells, some))
+    assert half.loc[("vlm:m", "good"), "n"] < whole.loc[("vlm:m", "good"), "n"]
+    assert half.loc[("vlm:m", "good"), "prevalence"] == pytest.approx(
+        whole.loc[("vlm:m", "good"), "prevalence"], abs=0.08
+    )
+
+
+def test_disputed_cells_and_corrections_that_were_not_blind_are_no_answers() -> None:
+    design = drawn(3)
+    said = filled(design)
+    first = read_audit(said, IMAGES, VOCABULARY, reviewer="a", created_at=NOW)
+    other = said.assign(answer=["1" if said["answer"].iloc[0] == "0" else "0", "", ""])
+    second = read_audit(other, IMAGES, VOCABULARY, reviewer="b", created_at=NOW)
+    seen = first.iloc[[2]].assign(witness_model="c", evidence=None, state="uncertain")
+    found = answers_of(pd.concat([first, second, seen], ignore_index=True), design)
+    assert found["answer"].iloc[0] == ""
+    assert found["answer"].tolist()[1:] == first["state"].tolist()[1:]
+
+
+def test_advice_says_why_and_how_many_more() -> None:
+    truth = np.r_[np.ones(20), np.zeros(20)]
+    one_error = truth.copy()
+    one_error[:1] = 0
+    kept = advice(agreement(one_error, truth), AuditOptions())
+    assert kept["recommendation"] == "keep"
+    assert "surely at least 0.40" in str(kept["reason"])
+    some_errors = truth.copy()
+    some_errors[[0, 1, 2, 3, 4, 20, 21, 22, 23]] = 1 - some_errors[[0, 1, 2, 3, 4, 20, 21, 22, 23]]
+    asked = advice(agreement(some_errors, truth), AuditOptions())
+    assert (asked["recommendation"], asked["n_more_cells"] > 0) == ("ask_again", True)
+    ranking = np.r_[np.linspace(0.3, 0.5, 20), np.linspace(0, 0.2, 20)]
+    low = advice(agreement(np.zeros(40), truth, ranking), AuditOptions())
+    assert low["recommendation"] == "rethreshold"
+    assert "ranks well" in str(low["reason"])
+    nothing = advice(agreement(np.ones(9), np.ones(9)), AuditOptions())
+    assert nothing["recommendation"] == "ask_again"
+    assert nothing["n_more_cells"] >= 5
 
 
 def test_cells_a_person_decided_are_not_asked_again() -> None:
@@ -112,11 +246,12 @@ def test_every_fault_is_told_with_its_row_and_nothing_is_imported() -> None:
     cells["answer"] = ["maybe", "1", "1", "1", "0"]
     cells.loc[1, "image_id"] = "nobody"
     cells.loc[2, "concept_id"] = "renamed"
-    cells.loc[4, ["image_id", "concept_id"]] = cells.loc[3, ["image_id", "concept_id"]].to_numpy()
+    cells = cells.drop(columns=["path", "concept", "definition"])
+    cells = pd.concat([cells, cells.iloc[[3]].assign(answer="0")], ignore_index=True).drop(index=4)
     with pytest.raises(ContractViolation) as caught:
         read_audit(cells, IMAGES, VOCABULARY, reviewer="dr", created_at=NOW)
     text = "; ".join(caught.value.faults)
-    assert len(caught.value.faults) == 4
+    assert len(caught.value.faults) == 5
     for part in (
         "row 2, column 'answer'",
         "'maybe'",
@@ -149,8 +284,7 @@ def test_experts_own_answers_do_not_flatter_the_fused_labels() -> None:
 
 
 def test_weighted_scores_are_unbiased_for_the_population() -> None:
-    found = [score(filled(drawn(250, seed)), ledger(), None, VOCABULARY) for seed in range(12)]
-    sensitivity = [t.set_index(["witness", "concept_id"]).loc[("vlm:m", "good"), "sensitivity"] for t in found]
+    sensitivity = [sensitivity_of_m(filled(drawn(250, seed))) for seed in range(12)]
     said = ledger().query("witness_model == 'm' and concept_id == 'good'")["state"].eq("present").to_numpy()[:700]
     assert np.mean(sensitivity) == pytest.approx(said[TRUTH[:700, 0]].mean(), abs=0.02)
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from scipy.special import expit
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from annotation.trust.label_model import MAX_SCORE_LOG_ODDS, Evidence, LabelModel, fit_label_model
+from annotation.trust.label_model import (
+    MAX_SCORE_LOG_ODDS,
+    TRUSTED_RATE,
+    Evidence,
+    LabelModel,
+    fit_label_model,
+)
 
 
 def simulated(
@@ -25,7 +32,7 @@ def simulated(
 
 
 def posterior(model: LabelModel, evidence: Evidence) -> np.ndarray:
-    return expit(model.prior_log_odds(evidence.score) + model.vote_log_odds(evidence.value, evidence.weight).sum(0))
+    return expit(model.log_odds(evidence))
 
 
 def test_error_rates_of_one_voter_are_found_with_the_help_of_a_score() -> None:
@@ -99,3 +106,121 @@ def test_a_score_alone_is_a_soft_threshold_between_its_modes() -> None:
     alone = Evidence(evidence.score, evidence.value[:0], evidence.weight[:0], evidence.decided)
     fused = posterior(fit_label_model(alone), alone)
     assert ((fused > 0.5) == truth).mean() > 0.85
+
+
+def weakly_scored(separation: float, seed: int) -> tuple[np.ndarray, Evidence]:
+    """A judge who is right on 97 % of the cells, and a score that knows little."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((1000, 4)) < (0.3, 0.5, 0.2, 0.1)
+    value = np.where(rng.random(truth.shape) < 0.97, truth, ~truth)[None].astype(np.float32)
+    score = separation * truth + rng.standard_normal(truth.shape)
+    return truth, Evidence(score, value, np.ones_like(value), np.full(truth.shape, np.nan))
+
+
+@pytest.mark.parametrize("separation", [0.3, 1.0, 1.5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_good_judge_keeps_its_kappa_beside_a_weak_score(separation: float, seed: int) -> None:
+    truth, evidence = weakly_scored(separation, seed)
+    fused = posterior(fit_label_model(evidence), evidence) > 0.5
+    for k in range(4):
+        own = cohen_kappa_score(truth[:, k], evidence.value[0, :, k])
+        assert cohen_kappa_score(truth[:, k], fused[:, k]) >= own - 0.01
+
+
+def test_a_good_judge_gains_from_a_good_score() -> None:
+    truth, evidence = weakly_scored(3.0, 0)
+    fused = posterior(fit_label_model(evidence), evidence) > 0.5
+    assert (fused == truth).mean() > (evidence.value[0] == truth).mean() + 0.005
+
+
+def test_a_judge_is_trusted_until_most_concepts_or_an_expert_speak_against_it() -> None:
+    truth, evidence = weakly_scored(1.0, 0)
+    np.testing.assert_array_equal(fit_label_model(evidence).sensitivity, TRUSTED_RATE)
+    wrong = np.where(np.random.default_rng(1).random(truth.shape[0]) < 0.35, ~truth[:, 1], truth[:, 1])
+    value = evidence.value.copy()
+    value[0, :, 1] = wrong
+    decided = np.full(truth.shape, np.nan)
+    decided[:60] = truth[:60]
+    model = fit_label_model(evidence._replace(value=value, decided=decided))
+    assert model.sensitivity[0, 1] < 0.9
+    assert model.sensitivity[0, 3] == TRUSTED_RATE
+
+
+def test_experts_on_several_concepts_shake_trust_in_all() -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.random((300, 8)) < 0.3
+    value = np.where(rng.random(truth.shape) < 0.7, truth, ~truth)[None].astype(np.float32)
+    score = 0.5 * truth + rng.standard_normal(truth.shape)
+    decided = np.full(truth.shape, np.nan)
+    blind = Evidence(score, value, np.ones_like(value), decided.copy())
+    decided[:30, :4] = truth[:30, :4]
+    np.testing.assert_array_equal(fit_label_model(blind).sensitivity, TRUSTED_RATE)
+    assert (fit_label_model(blind._replace(decided=decided)).sensitivity < 0.95).all()
+
+
+def correlated(same_luck: float, seed: int = 0, n_settled: int = 0) -> tuple[np.ndarray, Evidence]:
+    """Two judges; on `same_luck` of the cells the second errs exactly where the first does."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((1500, 4)) < (0.3, 0.5, 0.2, 0.4)
+    first = rng.random(truth.shape)
+    second = np.where(rng.random(truth.shape) < same_luck, first, rng.random(truth.shape))
+    value = np.array([np.where(truth, luck < 0.85, luck > 0.75) for luck in (first, second)], np.float32)
+    decided = np.full(truth.shape, np.nan)
+    decided[:n_settled] = truth[:n_settled]
+    return truth, Evidence(2.5 * truth + rng.standard_normal(truth.shape), value, np.ones_like(value), decided)
+
+
+def test_witnesses_that_err_together_do_not_count_twice() -> None:
+    truth, evidence = correlated(0.7)
+    model = fit_label_model(evidence)
+    assert 0.35 < model.dependence[0, 1] < 0.85
+    np.testing.assert_allclose(model.sensitivity, 0.85, atol=0.06)
+    alone = evidence._replace(value=evidence.value[:1], weight=evidence.weight[:1])
+    both, one = posterior(model, evidence), posterior(fit_label_model(alone), alone)
+    for k in range(4):
+        assert roc_auc_score(truth[:, k], both[:, k]) > roc_auc_score(truth[:, k], one[:, k]) - 0.01
+    assert abs(both.mean() - truth.mean()) < 0.03
+
+
+def test_independent_witnesses_are_hardly_discounted() -> None:
+    _, evidence = correlated(0.0)
+    assert fit_label_model(evidence).dependence[0, 1] < 0.2
+    silent = evidence._replace(score=np.full_like(evidence.score, np.nan))
+    assert fit_label_model(silent).dependence[0, 1] == 0
+
+
+def test_experts_show_dependence_where_there_is_no_score() -> None:
+    _, evidence = correlated(0.7, n_settled=200)
+    model = fit_label_model(evidence._replace(score=np.full_like(evidence.score, np.nan)))
+    assert 0.5 < model.dependence[0, 1] < 0.9
+
+
+def test_experts_correct_errors_that_score_and_votes_share() -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.random((3000, 6)) < 0.3
+    shared = rng.standard_normal(truth.shape) * 1.2
+    score = 2 * truth + shared + 0.4 * rng.standard_normal(truth.shape)
+    value = (2 * truth + 2 * shared + rng.standard_normal(truth.shape) > 0.5)[None].astype(np.float32)
+    blind = Evidence(score, value, np.ones_like(value), np.full(truth.shape, np.nan))
+    decided = blind.decided.copy()
+    decided[:30] = truth[:30]
+
+    def gap(evidence: Evidence) -> float:
+        fused = posterior(fit_label_model(evidence), evidence)[30:]
+        bins = np.minimum((fused * 10).astype(int), 9)
+        return sum(abs((fused - truth[30:])[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins))
+
+    assert gap(blind) > 0.1
+    assert gap(blind._replace(decided=decided)) < 0.6 * gap(blind)
+
+
+def test_half_hearted_answers_are_no_half_lies() -> None:
+    truth, evidence = simulated(sensitivity=(0.95,), specificity=(0.95,))
+    decided = np.where(np.arange(len(truth))[:, None] < 1000, truth, np.nan)
+    soft = evidence._replace(value=0.1 + 0.8 * evidence.value, decided=decided)
+    np.testing.assert_allclose(fit_label_model(soft).sensitivity, 0.95, atol=0.03)
+
+
+def test_no_image_at_all_makes_a_model_that_says_nothing() -> None:
+    empty = Evidence(np.zeros((0, 2)), np.zeros((1, 0, 2)), np.zeros((1, 0, 2)), np.zeros((0, 2)))
+    assert posterior(fit_label_model(empty), empty).shape == (0, 2)

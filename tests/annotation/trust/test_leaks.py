@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 
-from annotation.trust.leaks import class_leak
+from annotation.trust.leaks import LeakOptions, class_leak, leak_refusals
 
 N = 300
 RNG = np.random.default_rng(0)
@@ -81,3 +81,63 @@ def test_too_few_images_are_not_judged_and_none_is_no_row() -> None:
     assert not class_leak(few.head(10), IMAGES)["flagged"].any()
     assert class_leak(few.iloc[:0], IMAGES).empty
     assert class_leak(few, IMAGES.assign(label=None)).empty
+
+
+SAID = np.array(["absent", "present"])
+
+
+def ledger(answers: np.ndarray, witness: str = "vlm") -> pd.DataFrame:
+    states = SAID[answers.astype(int)]
+    return pd.DataFrame(
+        {"image_id": IMAGES["image_id"], "concept_id": "c", "witness": witness, "witness_model": "m", "state": states}
+    )
+
+
+def scores(score: np.ndarray, class_score: np.ndarray | float = np.nan) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"image_id": IMAGES["image_id"], "concept_id": "c", "score": score, "class_score": class_score, "fold": 0}
+    )
+
+
+# Nearly all of one class have it and nearly nobody else; who is the exception can be seen, or cannot.
+ODD = RNG.random(N) < 0.15
+SIGN = (LABEL == 1) ^ ODD
+LOOSE = LeakOptions(max_explained_fraction=0.2)
+
+
+def test_a_sign_of_one_disease_is_kept_when_its_exceptions_follow_the_pixels() -> None:
+    seen = class_leak(ledger(SIGN), IMAGES, LOOSE, scores=scores(SIGN + 0.5 * RNG.standard_normal(N))).iloc[0]
+    unseen = class_leak(ledger(SIGN), IMAGES, LOOSE, scores=scores(LABEL == 1)).iloc[0]
+    assert (seen["flagged"], seen["refused"], seen["follows_pixels"]) == (True, False, True)
+    assert (unseen["flagged"], unseen["refused"], unseen["follows_pixels"]) == (True, True, False)
+    assert unseen["within_auroc"] == 0.5
+
+
+def test_exceptions_that_only_look_like_another_class_are_the_diagnosis_still() -> None:
+    looks = SIGN + 0.5 * RNG.standard_normal(N)  # the answers follow a diagnosis made from the pixels
+    row = class_leak(ledger(SIGN), IMAGES, LOOSE, scores=scores(looks, looks)).iloc[0]
+    assert row["within_low"] > 0.5
+    assert row["refused"]
+
+
+def test_a_handful_of_exceptions_saves_nobody() -> None:
+    answers = LABEL == 1
+    answers[:4] ^= True
+    row = class_leak(ledger(answers), IMAGES, LOOSE, scores=scores(answers)).iloc[0]
+    assert row["n_exceptions"] == 4
+    assert row["refused"]
+
+
+def test_people_and_fused_labels_are_flagged_but_not_refused() -> None:
+    for said in (ledger(LABEL == 1, "expert"), labels(c=LABEL == 1)):
+        row = class_leak(said, IMAGES).iloc[0]
+        assert (row["flagged"], row["refused"]) == (True, False)
+
+
+def test_a_refusal_says_who_and_how_much() -> None:
+    found = leak_refusals(class_leak(ledger(LABEL == 1), IMAGES), {"c": "Disguise"})
+    sentence = found["vlm:m", "c"]
+    assert "'Disguise'" in sentence
+    assert "class alone explains 100 % (AUROC 1.00, 200 images)" in sentence
+    assert "only 0 answers differ" in sentence
+    assert leak_refusals(class_leak(ledger(RNG.random(N) < 0.5), IMAGES)) == {}
