@@ -34,6 +34,8 @@ DROPPED: Mapping[str, str] = {
     DropReason.TOO_LONG: "the name is too long to be one attribute",
     DropReason.LIKE_A_CLASS: "says the diagnosis rather than what is seen",
     DropReason.LIKE_ANOTHER: "says the same as another concept",
+    DropReason.FAILS_NULL_TEST: "its answers follow the pixels no better than answers at random",
+    DropReason.LEAKS_CLASS: "the class alone predicts its answers: the diagnosis in other words",
     DropReason.NOT_SEEN_IN_ANY_IMAGE: "matches no image well enough",
     DropReason.NOT_VISUAL: "cannot be seen in an image",
     DropReason.CONSTANT: "the same in every image",
