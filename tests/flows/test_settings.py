@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import ConfigurationError
-from flows.settings import api_key, documentation, parse_assignment, remembered, resolve
+from flows.settings import Settings, api_key, documentation, parse_assignment, remembered, resolve, restored
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +133,18 @@ def test_what_cannot_work_is_refused_in_plain_words(flags: dict[str, object], wo
         resolve(None, flags)
     assert "alue error" not in str(caught.value)
     assert str(caught.value).count("got") <= 1
+
+
+def test_settings_that_were_resolved_elsewhere_are_not_read_over_by_a_file_that_lies_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a flow the flags of the command, its caps first of all, stand above the TOML of the folder."""
+    (tmp_path / "medmicn.toml").write_text("[vlm]\nmax_requests = 1000\nconcurrency = 64\n")
+    monkeypatch.chdir(tmp_path)
+    flags = resolve(None, {"vlm.max_requests": 20})
+    assert restored(flags.model_dump(mode="json")).vlm.max_requests == 20
+    alone = Settings().model_dump(mode="json")
+    assert restored(alone) == Settings()
+    from flows import annotate_then_train
+
+    assert annotate_then_train._context(str(tmp_path / "run"), alone).settings == Settings()
