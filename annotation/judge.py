@@ -83,17 +83,6 @@ async def judge(
     return Judged(task.frame(), sorted(task.failures), task.n_from_journal, task.n_requests, task.usage)
 
 
-def missing_requests(
-    image_id: str, questions: Sequence[Question], read: PixelReader, client: VlmClient, framing: Framing
-) -> list[tuple[VlmRequest, list[str]]]:
-    """The requests that judging this image would send now, each with the cells that it answers.
-
-    Raises `ImageRejected` for an image that cannot be read.
-    """
-    asking = Asking(client, framing, questions)
-    return list(asking.missing(SentImage.of(read(image_id), client.settings)))
-
-
 @dataclass(frozen=True)
 class SentImage:
     """An image as it leaves: its pixels at the configured size, encoded only when something is asked."""

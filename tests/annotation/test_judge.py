@@ -17,15 +17,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import SecretStr
 
-from annotation.judge import judge, missing_requests
+from annotation.judge import Asking, SentImage, judge
 from annotation.prompts import CONCEPTS_MARK, EXAMPLE_MARK, Example, Framing
 from annotation.vlm.client import VlmClient
 from annotation.vlm.journal import Journal
 from annotation.vlm.questions import Question, questions_of
-from annotation.vlm.schema import FaultCode
+from annotation.vlm.schema import FaultCode, VlmRequest
 from annotation.vlm.settings import VlmSettings
 from data_contracts.concepts import Concept, Vocabulary
-from data_contracts.errors import BudgetReached, EndpointError, ImageRejected
+from data_contracts.errors import BudgetReached, EndpointError
 from data_contracts.tables import JUDGEMENTS, State
 
 LARGE = Concept("large-lesion", "large lesion", "The lesion covers more than 12.0 % of the image.")
@@ -281,7 +281,7 @@ async def test_images_leave_re_encoded_within_the_configured_size_and_without_me
 
 async def test_in_process_images_are_lossless(read: Any, make_embedded: Make) -> None:
     async with make_embedded() as client:
-        ((request, _), *_) = missing_requests("large-1", QUESTIONS, read, client, SKIN)
+        ((request, _), *_) = _missing("large-1", read, client)
     (image,) = (p for p in request.parts if isinstance(p, bytes))
     with Image.open(io.BytesIO(image)) as decoded:
         assert (decoded.format, decoded.info) == ("PNG", {})
@@ -692,7 +692,7 @@ async def test_missing_requests_are_those_that_judging_sends_with_cells_to_find_
     endpoint = Endpoint(lambda body: {"reddish-colour": None} if len(asked_in(body)) > 1 else {})
     async with client_of(endpoint) as client:
         n_rounds = 0
-        while found := missing_requests("large-1", QUESTIONS, read, client, SKIN):
+        while found := _missing("large-1", read, client):
             n_rounds += 1
             for request, cells in found:
                 assert not isinstance(await client.send(request, cells), FaultCode)
@@ -702,10 +702,8 @@ async def test_missing_requests_are_those_that_judging_sends_with_cells_to_find_
     assert (collected.failures, len(collected.judgements)) == ([], 2)
 
 
-async def test_missing_requests_of_an_unreadable_image_are_refused(read: Any, client_of: Make) -> None:
-    async with client_of(Endpoint()) as client:
-        with pytest.raises(ImageRejected):
-            missing_requests("broken-1", QUESTIONS, read, client, SKIN)
+def _missing(image_id: str, read: Any, client: VlmClient) -> list[tuple[VlmRequest, list[str]]]:
+    return list(Asking(client, SKIN, QUESTIONS).missing(SentImage.of(read(image_id), client.settings)))
 
 
 async def test_what_the_journal_knows_is_not_even_encoded(

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from annotation.judge import judge, missing_requests
+from annotation.judge import Asking, SentImage, judge
 from annotation.prompts import Framing
 from annotation.vlm.batch import SUBMISSION_KEY, Asked, Batches
 from annotation.vlm.batch_files import BatchFolder
@@ -766,7 +766,8 @@ async def test_judging_from_the_journal_gives_the_rows_of_what_was_collected(
     image_ids = ["large-1", "small-1", "small-2"]
     async with make_client(desk) as client:
         batches = Batches(client)
-        asked = [a for i in image_ids for a in missing_requests(i, questions, read, client, framing)]
+        asking = Asking(client, framing, questions)
+        asked = [a for i in image_ids for a in asking.missing(SentImage.of(read(i), client.settings))]
         await batches.submit(asked)
         lines = desk.lines("batch_0")
         desk.end(output=[desk.row(line) for line in lines[:2]], error=[desk.failed(lines[2])])
