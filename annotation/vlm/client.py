@@ -157,16 +157,18 @@ class VlmClient:
         An endpoint that is too busy is waited for, as long as the pace allows. Raises `EndpointError`, `Deferred`,
         `BudgetReached` and `StorageError`; every other failure is a fault.
         """
-        async with self._slots:
-            self.journal.require_room()
-            attempt = Attempt(most_usage(request, self.settings, self.image_tokens))
-            with self._under_way(attempt):
-                completion = await self._complete_when_free(request, attempt)
-                if isinstance(completion, FaultCode):
-                    self._breaker.failed(completion, self.settings)
-                    return completion
-                record = self.record_of(completion, request, cells, attempt.most)
-                self.journal.put(record)
+        # A slot is held while the endpoint works, not while the request is written or the answer noted down.
+        attempt = Attempt(most_usage(request, self.settings, self.image_tokens))
+        body = json.dumps(self.arguments(request), ensure_ascii=False).encode()
+        with self._under_way(attempt):
+            async with self._slots:
+                self.journal.require_room()
+                completion = await self._complete_when_free(body, attempt)
+            if isinstance(completion, FaultCode):
+                self._breaker.failed(completion, self.settings)
+                return completion
+            record = self.record_of(completion, request, cells, attempt.most)
+            self.journal.put(record)
         self._breaker.answered()
         return record
 
@@ -253,12 +255,12 @@ class VlmClient:
         if sent:
             await asyncio.wait(sent, timeout=self.settings.timeout_s + _MOST_PAUSE_OF_OPENAI_S)
 
-    async def _complete_when_free(self, request: VlmRequest, attempt: Attempt) -> Completion | FaultCode:
+    async def _complete_when_free(self, body: bytes, attempt: Attempt) -> Completion | FaultCode:
         token = ATTEMPT.set(attempt)
         try:
             while True:
                 try:
-                    return await self._guarded(self._complete(request))
+                    return await self._guarded(self._complete(body))
                 except openai.RateLimitError as error:
                     if _is_quota(error):
                         what = "says that the quota of this key is used up"
@@ -271,10 +273,9 @@ class VlmClient:
         finally:
             ATTEMPT.reset(token)
 
-    async def _complete(self, request: VlmRequest) -> Completion:
+    async def _complete(self, body: bytes) -> Completion:
         """The endpoint's answer; `ValueError` when a success status brings no completion."""
         # As plain bytes: the typed method would walk through every character of the images again.
-        body = json.dumps(self.arguments(request), ensure_ascii=False).encode()
         response = await self._openai.post("/chat/completions", cast_to=httpx2.Response, content=body)
         completion = Completion.model_validate_json(response.content)
         completion.seconds = float(response.extensions.get(SECONDS, 0.0))

@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from annotation.prompts import Framing, judging_request
-from annotation.vlm import local
+from annotation.vlm import local_engine, local_model
 from annotation.vlm.client import VlmClient
 from annotation.vlm.journal import Journal
 from annotation.vlm.local import create_app, release
+from annotation.vlm.local_jobs import Job
+from annotation.vlm.local_model import Draw
 from annotation.vlm.questions import questions_of
 from annotation.vlm.schema import FaultCode, parse_judgements
 from annotation.vlm.settings import VlmSettings
@@ -155,7 +157,7 @@ async def test_an_answer_has_the_shape_of_the_protocol_and_true_usage(app: FastA
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
     assert answer.choices[0].finish_reason == "length"
     assert answer.choices[0].message.content
-    assert answer.system_fingerprint == f"transformers-{local.transformers.__version__}-float32"
+    assert answer.system_fingerprint == f"transformers-{local_model.transformers.__version__}-float32"
 
 
 async def test_the_same_question_gets_the_same_answer(app: FastAPI) -> None:
@@ -191,7 +193,7 @@ async def test_a_batch_answers_as_each_alone_and_each_to_its_own_limit(app: Fast
 async def test_requests_at_the_same_time_share_one_generate(
     app: FastAPI, generations: Generations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_PATIENCE_S", 20.0)
+    monkeypatch.setattr(local_engine, "_PATIENCE_S", 20.0)
     responses = await post(app, *(question(app, colour=(20 * k, 0, 0)) for k in range(4)))
     assert [r.status_code for r in responses] == [200] * 4
     assert generations.batch_sizes == [4]
@@ -252,8 +254,8 @@ async def test_sampling_with_a_seed_is_repeatable_alone_and_in_a_batch(app: Fast
 
 def test_sampling_draws_with_the_probabilities_of_the_temperature() -> None:
     scores = torch.tensor([2.0, 1.0, 0.0, -torch.inf])
-    jobs = [local._Job("", (), 1, temperature=0.7, seed=seed) for seed in range(4000)]
-    drawn = local._Draw(jobs, torch.device("cpu"))(None, scores.expand(len(jobs), -1)).argmax(-1)
+    jobs = [Job("", (), 1, temperature=0.7, seed=seed) for seed in range(4000)]
+    drawn = Draw(jobs, torch.device("cpu"))(None, scores.expand(len(jobs), -1)).argmax(-1)
     shares = drawn.bincount(minlength=4) / len(jobs)
     assert shares.tolist() == pytest.approx((scores / 0.7).softmax(-1).tolist(), abs=0.02)
 
