@@ -17,6 +17,17 @@ class ConceptCode(NamedTuple):
     probabilities: Tensor  # (B, K)  ĉ_i = σ(logits)
 
 
+class Intervention(NamedTuple):
+    """Truth values that stand in place of the network's own: an expert's correction, or one made in training."""
+
+    values: Tensor  # (B, K) in [0, 1]
+    where: Tensor  # (B, K) bool; elsewhere the network's own ĉ_i stays
+
+    def applied_to(self, probabilities: Tensor) -> Tensor:
+        """(B, K) ĉ with the corrected cells replaced."""
+        return torch.where(self.where, self.values.to(probabilities.dtype), probabilities)
+
+
 class ConceptEncoder(nn.Module):
     """f (B, F) → e_i = ĉ_i·e⁺_i + (1−ĉ_i)·e⁻_i with ĉ_i = σ(w·[e⁺_i, e⁻_i]), for all concepts at once.
 
@@ -31,11 +42,13 @@ class ConceptEncoder(nn.Module):
         self.contexts = nn.Linear(n_features, n_concepts * 2 * embedding_size)
         self.score = nn.Linear(2 * embedding_size, 1)
 
-    def forward(self, f: Tensor) -> ConceptCode:  # (B, F)
-        """Embeddings (B, K, m), logits and probabilities (B, K)."""
+    def forward(self, f: Tensor, intervention: Intervention | None = None) -> ConceptCode:  # (B, F)
+        """Embeddings (B, K, m), the network's own logits and, with corrections in place, probabilities (B, K)."""
         context = F.leaky_relu(self.contexts(f)).unflatten(-1, (self.n_concepts, 2 * self.embedding_size))  # (B, K, 2m)
         logits = self.score(context).squeeze(-1)  # (B, K)
         probabilities = logits.sigmoid()  # ĉ
+        if intervention is not None:
+            probabilities = intervention.applied_to(probabilities)
         present, absent = context.chunk(2, dim=-1)  # e⁺, e⁻: (B, K, m)
         embeddings = torch.lerp(absent, present, probabilities.unsqueeze(-1))  # (B, K, m)
         return ConceptCode(embeddings, logits, probabilities)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_contracts.errors import InputRefused
-from model.concept_encoder import ConceptCode, ConceptEncoder
+from model.concept_encoder import ConceptCode, ConceptEncoder, Intervention
 from model.config import TrainConfig
 from model.logic import Rule, reasoning_layer
 
@@ -70,8 +70,8 @@ class Head(nn.Module):
 
     standardise: Standardise
 
-    def forward(self, f: Tensor) -> NetworkOutput:  # (B, F)
-        """Class logits, and concepts and rule where the system has them."""
+    def forward(self, f: Tensor, intervention: Intervention | None = None) -> NetworkOutput:  # (B, F)
+        """Class logits, and concepts and rule where the system has them, as they follow from corrected concepts."""
         raise NotImplementedError
 
 
@@ -89,10 +89,10 @@ class MedMICN(Head):
         self.logic = reasoning_layer(sizes.n_classes, config)
         self.fusion = nn.Linear(sizes.n_features + sizes.n_concepts * m, sizes.n_classes)  # W_F
 
-    def forward(self, f: Tensor) -> NetworkOutput:  # (B, F)
+    def forward(self, f: Tensor, intervention: Intervention | None = None) -> NetworkOutput:  # (B, F)
         """Fused class logits ỹ, concept logits and rule."""
         f = self.dropout(self.standardise(f))
-        concepts = self.concepts(f)  # e (B, K, m), ĉ (B, K)
+        concepts = self.concepts(f, intervention)  # e (B, K, m), ĉ (B, K)
         fused = self.fusion(torch.cat([f, concepts.embeddings.flatten(1)], dim=1))  # ỹ (B, C)
         return NetworkOutput(fused, concepts, self.logic(concepts))
 
@@ -115,8 +115,8 @@ class ImageNetwork(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, x: Tensor) -> NetworkOutput:  # (B, 3, S, S)
+    def forward(self, x: Tensor, intervention: Intervention | None = None) -> NetworkOutput:  # (B, 3, S, S)
         """What the head says of these images."""
         f = self.backbone(x)
         with torch.autocast(f.device.type, enabled=False):
-            return self.head(f.float())
+            return self.head(f.float(), intervention)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model.concept_encoder import ConceptCode, ConceptEncoder
+from model.concept_encoder import ConceptCode, ConceptEncoder, Intervention
 from model.config import TrainConfig
 from model.logic import reasoning_layer
 from model.network import Head, NetworkOutput, Sizes, Standardise, require_concepts
@@ -20,8 +20,8 @@ class BlackBox(Head):
         self.dropout = nn.Dropout(config.dropout)
         self.classes = nn.Linear(sizes.n_features, sizes.n_classes)
 
-    def forward(self, f: Tensor) -> NetworkOutput:
-        """(B, F) → classes."""
+    def forward(self, f: Tensor, intervention: Intervention | None = None) -> NetworkOutput:
+        """(B, F) → classes; it has no concepts to correct."""
         return NetworkOutput(self.classes(self.dropout(self.standardise(f))))
 
 
@@ -37,10 +37,12 @@ class ConceptBottleneck(Head):
         self.concepts = nn.Linear(sizes.n_features, sizes.n_concepts)
         self.classes = nn.Linear(sizes.n_concepts, sizes.n_classes)
 
-    def forward(self, f: Tensor) -> NetworkOutput:
+    def forward(self, f: Tensor, intervention: Intervention | None = None) -> NetworkOutput:
         """(B, F) → classes and concepts; a concept's embedding is its probability."""
         logits = self.concepts(self.dropout(self.standardise(f)))  # (B, K)
         c = logits.sigmoid()
+        if intervention is not None:
+            c = intervention.applied_to(c)
         return NetworkOutput(self.classes(c), ConceptCode(c.unsqueeze(-1), logits, c))
 
 
@@ -56,8 +58,8 @@ class RuleOnly(Head):
         self.concepts = ConceptEncoder(sizes.n_features, sizes.n_concepts, config.embedding_size)
         self.logic = reasoning_layer(sizes.n_classes, config)
 
-    def forward(self, f: Tensor) -> NetworkOutput:
+    def forward(self, f: Tensor, intervention: Intervention | None = None) -> NetworkOutput:
         """(B, F) → rules and concepts; class logits are the log-odds of the rules' truth."""
-        concepts = self.concepts(self.dropout(self.standardise(f)))
+        concepts = self.concepts(self.dropout(self.standardise(f)), intervention)
         rule = self.logic(concepts)
         return NetworkOutput(rule.logits, concepts, rule)
