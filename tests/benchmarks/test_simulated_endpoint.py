@@ -757,7 +757,7 @@ class TestState:
 
 
 def test_it_runs_without_the_product(tmp_path: Path, repository: Path) -> None:
-    script = repository / "benchmarks" / "simulated_endpoint.py"
+    script = repository / "benchmarks" / "simulated_endpoint"
     command = [sys.executable, "-I", str(script), "--stop-after-s", "0.1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=tmp_path, check=True)
     assert done.stdout.startswith("http://127.0.0.1:")
