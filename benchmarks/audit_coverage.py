@@ -25,7 +25,8 @@ from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from annotation.trust.agreement import FUSED, Interval, Source, kappa_interval
-from annotation.trust.audit import AuditOptions, advice, answered_cells, draw, samples_of
+from annotation.trust.audit import AuditOptions, advice, answered_cells, samples_of
+from annotation.trust.draw import DrawOptions, draw
 from annotation.trust.fuse import fuse
 from annotation.trust.intervals import Sample, audited, table_numbers, weighted_table
 from annotation.votes import matrix
@@ -120,12 +121,12 @@ class World:
 
     def audit(self, n_cells: int, seed: int, n_rounds: int) -> pd.DataFrame:
         """Answered cells of an audit in one round, or with later rounds on what is undecided."""
-        options = AuditOptions(n_cells=n_cells // n_rounds, seed=seed)
-        cells = self.answered(draw(self.labels, self.images, self.vocabulary, options))
+        options = DrawOptions(n_cells=n_cells // n_rounds, seed=seed)
+        cells = self.answered(draw(lambda: [self.labels], self.images, self.vocabulary, options))
         for _ in range(n_rounds - 1):
-            told = [advice(found, options)["n_more_cells"] for found in audited(self.samples(cells, FUSED))]
+            told = [advice(found, AuditOptions())["n_more_cells"] for found in audited(self.samples(cells, FUSED))]
             need = {c: float(n or 0) ** 0.5 for c, n in zip(self.vocabulary.ids, told, strict=True)}
-            more = draw(self.labels, self.images, self.vocabulary, options, asked=cells, need=need)
+            more = draw(lambda: [self.labels], self.images, self.vocabulary, options, asked=cells, need=need)
             cells = pd.concat([cells, self.answered(more)], ignore_index=True)
         return cells
 

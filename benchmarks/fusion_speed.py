@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from annotation.trust.fuse import FuseOptions, learn_fusion, sample_shards
+from annotation.trust.fuse import FuseOptions, learn_fusion
+from annotation.trust.sample import sample_shards
 from data_contracts.concepts import Concept, Vocabulary
 
 EXPERT_SHARE = 0.001

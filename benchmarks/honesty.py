@@ -29,8 +29,8 @@ import pandas as pd
 from label_trust import Sheet
 
 from annotation.alignment.adapt import fold_of
-from annotation.alignment.align import cell_source
 from annotation.alignment.controls import N_PERMUTATIONS, Controls, fitted_controls
+from annotation.alignment.inputs import cell_source
 from annotation.alignment.options import AlignOptions
 from annotation.trust.honesty import Verdict, count_nulls, honesty_table, verdicts
 from annotation.trust.leaks import LeakOptions, class_leak

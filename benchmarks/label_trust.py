@@ -9,11 +9,14 @@ anything else:
 * `two correlated`: two judges with the same rates; on 70 % of the cells the second one's luck is the first one's.
 * `planted`: recall-heavy, but one concept is answered at random and one from the class alone (present in classes
   where most images have it). Their labels are part of all measures.
+* `embedded`: not simulated. The embedded vision-language model judges the names of the experts' 31 attribute values
+  as it is; most of them it cannot measure, and calls uncertain. Its own proposals have other words, which no answer
+  sheet is for. Seeds differ in folds and audited cells only.
 
 The embedded aligner's heads are fitted to those answers, cross-fitted, and then all is fused. Audited cells are drawn
 at random from the training and validation images, enter the ledger as the witness `expert`, and heads are fitted
 again with them. The experts' answers are used for nothing else but scoring on the test split. Fused labels are asked
-for an expected precision of 0.90 (`FuseOptions.min_precision`).
+for a precision of 0.90 (`labels.min_precision`), expected, or held against the audited cells as `medmicn fuse` does.
 
     python benchmarks/label_trust.py [--data ../shared/data] [--cache FOLDER] [--seeds 5] [--scenario NAME ...]
 
@@ -25,9 +28,12 @@ training and validation images of runs with the seeds 101 and 102.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import os
+import re
 import tempfile
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,22 +41,25 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from embedded_vlm_wbcatt import judged
+from label_trust_measures import measures
 from PIL import Image
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from annotation.alignment.adapt import cross_fit, fold_of
 from annotation.alignment.features import CellStore
 from annotation.alignment.options import AlignOptions
 from annotation.alignment.source import CellSource
 from annotation.alignment.towers import load_aligner
-from annotation.trust.fuse import FuseOptions, fuse
-from annotation.trust.thresholds import otsu_cut
+from annotation.trust.calls import HeldOut, fit_calls, held_out_labels
+from annotation.trust.cuts import otsu_cut
+from annotation.trust.expert_cells import expert_cells
+from annotation.trust.fuse import FuseOptions, learn_fusion
 from annotation.votes import matrix, training_votes
 from data_contracts.concepts import Concept, Vocabulary, slug
+from pipeline.import_labels import given_concepts
 
-N_BINS = 10
 N_FOLDS = 5
-SCENARIOS = ("recall-heavy", "class-biased", "two correlated", "planted")
+SCENARIOS = ("recall-heavy", "class-biased", "two correlated", "planted", "embedded")
 AUDITED = {"no audit": 0.0, "1 % audited": 0.01, "5 % audited": 0.05}
 SAME_LUCK = 0.7
 ASKED_PRECISION = 0.9
@@ -101,8 +110,42 @@ def mean(cells: np.ndarray) -> np.ndarray:
     return cells.astype(np.float32).mean((1, 2))
 
 
+def embedded_judgements(sheet: Sheet) -> pd.DataFrame:
+    """What the embedded vision-language model says of all images and concepts; kept in the cache folder."""
+    kept = sheet.cache / "wbcatt-embedded-vlm.parquet"
+    if not kept.exists():
+        paths = [sheet.path[i] for i in sheet.image_ids]
+        found = asyncio.run(judged(paths, sheet.folder, sheet.folder / "expert_attributes.csv"))
+        found[["image_id", "concept_id", "state", "probability"]].to_parquet(kept)
+    found = pd.read_parquet(kept)
+    given = given_concepts(sheet.folder / "expert_attributes.csv")
+    # Both name an attribute's value; only the words between them differ.
+    own = {plain(name): id_ for (name, _), id_ in zip(sheet.names, sheet.vocabulary(grouped=False).ids, strict=True)}
+    concept = {row.concept_id: own[plain(row.name)] for row in given.itertuples(index=False)}
+    image = {path: image_id for image_id, path in sheet.path.items()}
+    return found.assign(
+        image_id=found["image_id"].map(image),
+        concept_id=found["concept_id"].map(concept),
+        witness="vlm",
+        witness_model="embedded",
+    )
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def votes_of_embedded(sheet: Sheet, judgements: pd.DataFrame) -> np.ndarray:
+    """(N, K) 1 present, 0 absent, NaN for what it cannot tell."""
+    value = judgements["state"].map({"present": 1.0, "absent": 0.0})
+    vocabulary = sheet.vocabulary(grouped=False)
+    return matrix(judgements.assign(value=value), "value", sheet.image_ids, vocabulary).astype(float)
+
+
 def judges(sheet: Sheet, scenario: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """(N, K) answers of every simulated judge."""
+    """(N, K) answers of every judge."""
+    if scenario == "embedded":
+        return [votes_of_embedded(sheet, embedded_judgements(sheet))]
     truth, n_concepts = sheet.truth, sheet.truth.shape[1]
     sensitivity, specificity = rng.uniform(0.75, 0.95, n_concepts), rng.uniform(0.5, 0.85, n_concepts)
     if scenario == "class-biased":
@@ -121,10 +164,17 @@ def judges(sheet: Sheet, scenario: str, rng: np.random.Generator) -> list[np.nda
     return votes
 
 
-def ledger(sheet: Sheet, votes: list[np.ndarray], audited: np.ndarray) -> pd.DataFrame:
+def ledger(sheet: Sheet, scenario: str, votes: list[np.ndarray], audited: np.ndarray) -> pd.DataFrame:
     """Judgements of all judges, and of the expert where `audited`."""
-    said = [("vlm", f"simulated {n}", vote) for n, vote in enumerate(votes)]
-    said.append(("expert", "answer sheet", np.where(audited, sheet.truth, np.nan)))
+    expert = ("expert", "answer sheet", np.where(audited, sheet.truth, np.nan))
+    if scenario == "embedded":
+        # As they are: with what it measured, and what it calls uncertain.
+        return pd.concat([embedded_judgements(sheet), rows_of(sheet, [expert])], ignore_index=True)
+    return rows_of(sheet, [*(("vlm", f"simulated {n}", vote) for n, vote in enumerate(votes)), expert])
+
+
+def rows_of(sheet: Sheet, said: list[tuple[str, str, np.ndarray]]) -> pd.DataFrame:
+    """Judgements by (witness, model, (N, K) answers); NaN is no answer."""
     ids = sheet.vocabulary(grouped=False).ids
     parts = [
         pd.DataFrame(
@@ -162,7 +212,7 @@ def one_run(sheet: Sheet, scenario: str, seed: int) -> Rows:
     for name, share in AUDITED.items():
         audited = np.zeros(sheet.truth.shape, bool)
         audited.ravel()[order[: round(share * len(order))]] = True
-        judgements = ledger(sheet, votes, audited)
+        judgements = ledger(sheet, scenario, votes, audited)
         score, probability = aligned(sheet, judgements, seed)
         if not share:
             rows |= comparisons(sheet, votes, score, probability)
@@ -171,32 +221,44 @@ def one_run(sheet: Sheet, scenario: str, seed: int) -> Rows:
 
 
 def fused_rows(sheet: Sheet, judgements: pd.DataFrame, probability: np.ndarray, name: str) -> Rows:
+    kinds = {"fused": False, "fused, attributes exclusive": True}
+    return {
+        f"{kind}, {name}": of_labels(sheet, fused(sheet, judgements, probability, grouped=grouped), grouped=grouped)
+        for kind, grouped in kinds.items()
+    }
+
+
+def fused(sheet: Sheet, judgements: pd.DataFrame, probability: np.ndarray, *, grouped: bool) -> pd.DataFrame:
+    """LABELS as the fuse step makes them: nothing is learned from the test split."""
+    vocabulary = sheet.vocabulary(grouped=grouped)
     learn_from = [i for i, test in zip(sheet.image_ids, sheet.is_test, strict=True) if not test]
-    rows: Rows = {}
-    for kind, vocabulary in {
-        "fused": sheet.vocabulary(grouped=False),
-        "fused, attributes exclusive": sheet.vocabulary(grouped=True),
-    }.items():
-        scores = pd.DataFrame(
-            {
-                "image_id": np.repeat(sheet.image_ids, len(vocabulary)),
-                "concept_id": np.tile(vocabulary.ids, len(sheet.image_ids)),
-                "similarity": np.nan,
-                "probability": probability.ravel(),
-            }
-        )
-        labels = fuse(judgements, scores, vocabulary, FuseOptions(min_precision=ASKED_PRECISION), learn_from=learn_from)
-        rows[f"{kind}, {name}"] = of_labels(sheet, labels, vocabulary)
-    return rows
+    scores = pd.DataFrame(
+        {
+            "image_id": np.repeat(sheet.image_ids, len(vocabulary)),
+            "concept_id": np.tile(vocabulary.ids, len(sheet.image_ids)),
+            "similarity": np.nan,
+            "probability": probability.ravel(),
+        }
+    )
+    options = FuseOptions(min_precision=ASKED_PRECISION)
+    fusion = learn_fusion(judgements, scores, vocabulary, options, learn_from=learn_from)
+    cells = expert_cells(judgements, None, vocabulary)
+    if len(cells):
+        held_out = held_out_labels(HeldOut(judgements, scores, learn_from=learn_from), vocabulary, options, cells)
+        fusion = replace(fusion, calls=fit_calls(fusion, cells, held_out))
+    return fusion.labels(judgements, scores)
 
 
 def comparisons(sheet: Sheet, votes: list[np.ndarray], score: np.ndarray, probability: np.ndarray) -> Rows:
     """What else one could do with the same answers, none audited; the paper's rule is Otsu's cut of the heads."""
     cuts = np.array([otsu_cut(column) for column in score[~sheet.is_test].T])
     by_rule = (score > cuts).astype(float)
-    said, total = np.mean(votes, 0), probability + np.mean(votes, 0)
+    said = np.mean(votes, 0)
+    silent, said = np.isnan(said), np.nan_to_num(said, nan=0.5)
+    probability = np.nan_to_num(probability, nan=0.5)  # of what no judge ever answered
+    total = probability + said
     rows = {
-        "VLM alone": numbers(sheet, said, (said > 0.5).astype(float)),
+        "VLM alone": numbers(sheet, said, np.where(silent, np.nan, said > 0.5)),
         "alignment, Otsu's threshold (paper)": numbers(sheet, score, by_rule),
         "regularised probe": numbers(sheet, probability, (probability > 0.5).astype(float), probability),
         "plain sum of probe and vote": numbers(sheet, total, (total > 1).astype(float)),
@@ -218,7 +280,9 @@ def crowd_rows(sheet: Sheet, voters: list[np.ndarray]) -> Rows:
         columns = []
         for k in range(sheet.truth.shape[1]):
             long = pd.concat(
-                pd.DataFrame({"task": range(len(v)), "worker": str(j), "label": v[:, k].astype(int)})
+                pd.DataFrame({"task": range(len(v)), "worker": str(j), "label": v[:, k]})
+                .dropna()
+                .astype({"label": int})
                 for j, v in enumerate(voters)
             )
             share = method.fit_predict_proba(long).sort_index()
@@ -238,7 +302,8 @@ def confident_row(sheet: Sheet, said: np.ndarray, probability: np.ndarray) -> di
     return numbers(sheet, called + probability, called.astype(float))
 
 
-def of_labels(sheet: Sheet, labels: pd.DataFrame, vocabulary: Vocabulary) -> dict[str, float]:
+def of_labels(sheet: Sheet, labels: pd.DataFrame, *, grouped: bool) -> dict[str, float]:
+    vocabulary = sheet.vocabulary(grouped=grouped)
     probability = matrix(labels, "probability", sheet.image_ids, vocabulary)
     present = matrix(labels, "present", sheet.image_ids, vocabulary)
     return numbers(sheet, probability, present, probability)
@@ -247,32 +312,9 @@ def of_labels(sheet: Sheet, labels: pd.DataFrame, vocabulary: Vocabulary) -> dic
 def numbers(
     sheet: Sheet, score: np.ndarray, called: np.ndarray, probability: np.ndarray | None = None
 ) -> dict[str, float]:
-    """AUROC and kappa as means over concepts, precision, coverage and ECE over cells, on the test split."""
-    true, score, called = sheet.truth[sheet.is_test], score[sheet.is_test], called[sheet.is_test]
-    spoken = np.isfinite(called)
-    kappas = [kappa(t[s], c[s]) for t, c, s in zip(true.T, called.T, spoken.T, strict=True)]
-    found = {
-        "AUROC": float(np.mean([roc_auc_score(t, s) for t, s in zip(true.T, score.T, strict=True)])),
-        "kappa": float(np.mean(kappas)),
-        "precision": float(true[called == 1].mean()),
-        "coverage": float(spoken.mean()),
-    }
-    if probability is not None:
-        found["ECE"] = expected_calibration_error(probability[sheet.is_test].ravel(), true.ravel())
-    return found
-
-
-def kappa(true: np.ndarray, called: np.ndarray) -> float:
-    """Cohen's kappa; 0 where nothing was called, or only one thing was said."""
-    if not len(called) or (np.ptp(true) == 0 and np.ptp(called) == 0):
-        return 0.0
-    return float(cohen_kappa_score(true, called))
-
-
-def expected_calibration_error(probability: np.ndarray, true: np.ndarray) -> float:
-    bins = np.minimum((probability * N_BINS).astype(int), N_BINS - 1)
-    gaps = [abs(probability[bins == b].mean() - true[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
-    return float(np.sum(gaps))
+    """Measures on the test split."""
+    test = sheet.is_test
+    return measures(sheet.truth[test], score[test], called[test], None if probability is None else probability[test])
 
 
 def main() -> None:

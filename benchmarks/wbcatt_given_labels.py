@@ -14,36 +14,19 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
+from wbcatt_data import read_dataset
 
-from data_contracts.concepts import Concept, Vocabulary, slug
-from data_contracts.dataset import AlignedDataset
 from data_contracts.ports import Pixels
 from model.config import TrainConfig
 from model.evaluate import RunEvaluation, evaluate, outputs_of
-from model.explain.rules import class_rules, image_rules, read_class_rules
+from model.explain.class_rules import read_class_rules
+from model.explain.rule_evidence import class_rules
+from model.explain.rules import image_rules
 from model.fit import TrainedRun, fit, prepare_for
 from model.systems.registry import SYSTEMS, system
 
 SHOWN = ("accuracy", "macro_f1", "auroc", "ece", "concept_auroc", "concept_f1", "rule_macro_f1", "rule_agreement")
-
-
-def read_dataset(folder: Path) -> AlignedDataset:
-    """WBCAtt's subset with one concept for each value of each attribute; values of one attribute exclude each other."""
-    frame = pd.read_csv(folder / "labels.csv").merge(
-        pd.read_csv(folder / "expert_attributes.csv"), on="path", validate="one_to_one"
-    )
-    concepts, columns = [], []
-    for attribute in frame.columns.difference(["path", "label", "split"], sort=False):
-        words = attribute.replace("_", " ")
-        for value in sorted(frame[attribute].unique()):
-            concepts.append(Concept(slug(f"{words} {value}"), f"{words}: {value}", group=words))
-            columns.append((frame[attribute] == value).to_numpy(np.float32))
-    targets = np.stack(columns, axis=1)
-    images = frame[["path", "label", "split"]].assign(image_id=frame["path"], group_id=None)
-    classes = tuple(sorted(frame["label"].unique()))
-    return AlignedDataset(images, targets, np.ones_like(targets, dtype=bool), Vocabulary.of(concepts), classes)
 
 
 def show(name: str, run: TrainedRun, measured: RunEvaluation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -26,14 +27,31 @@ def unshielded(text: str) -> str:
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Write a frame atomically: UTF-8 with byte-order mark, text that looks like a formula made harmless."""
-    shielded = frame.assign(**{name: frame[name].map(_shield, na_action="ignore") for name in _text_columns(frame)})
-    # The csv module quotes "\n" by itself, but a lone "\r" only when told to quote everything.
-    has_return = any(frame[name].map(_has_return).any() for name in _text_columns(frame))
-    quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
-    write_with(
-        path,
-        lambda file: shielded.to_csv(file, index=False, encoding="utf-8-sig", lineterminator="\n", quoting=quoting),
-    )
+    write_with(path, lambda file: csv_appender(file)(frame))
+
+
+def csv_appender(path: Path) -> Callable[[pd.DataFrame], None]:
+    """Writes frames of the same columns under one another, as `write_csv` does one; not atomic by itself."""
+    is_first = True
+
+    def append(frame: pd.DataFrame) -> None:
+        nonlocal is_first
+        texts = _text_columns(frame)
+        shielded = frame.assign(**{name: frame[name].map(_shield, na_action="ignore") for name in texts})
+        # The csv module quotes "\n" by itself, but a lone "\r" only when told to quote everything.
+        has_return = any(frame[name].map(_has_return).any() for name in texts)
+        shielded.to_csv(
+            path,
+            mode="w" if is_first else "a",
+            header=is_first,
+            index=False,
+            encoding="utf-8-sig" if is_first else "utf-8",
+            lineterminator="\n",
+            quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL,
+        )
+        is_first = False
+
+    return append
 
 
 def read_csv(path: Path, *, as_text: bool = False) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_contracts.concepts import Vocabulary
@@ -22,7 +23,7 @@ from data_contracts.dataset import AlignedDataset
 from data_contracts.errors import ConfigurationError, ContractViolation, InputRefused
 from data_contracts.files import sha256_of_file, storage_error, write_text, write_with
 from data_contracts.manifest import FileReceipt, RunManifest
-from data_contracts.spreadsheet import read_csv, write_csv
+from data_contracts.spreadsheet import csv_appender, read_csv, write_csv
 from data_contracts.tables import (
     ALIGNMENT,
     CLASS_NAMES_KEY,
@@ -76,6 +77,16 @@ class RunFolder:
     def model_dir(self) -> Path:
         """Folder of the checkpoint, metrics and curves."""
         return self.path / "model"
+
+    @property
+    def models_dir(self) -> Path:
+        """Folder of the models that are not in use: earlier ones, refused ones, and the one being trained."""
+        return self.path / "models"
+
+    @property
+    def drift_dir(self) -> Path:
+        """Folder of the baseline, the drift tests, and of what a person is asked and answered."""
+        return self.path / "drift"
 
     @property
     def explanations_dir(self) -> Path:
@@ -200,6 +211,26 @@ class RunFolder:
         self._write(LABELS, labels)
         write_csv(self.labels_csv_path, wide)
 
+    def write_label_shards(self, shards: Iterable[tuple[pd.DataFrame, pd.DataFrame]]) -> int:
+        """Replace the fused labels and their wide CSV mirror, a shard of images at a time; returns the labels' number.
+
+        Every shard is checked; that no image is in two of them is the caller's part.
+        """
+        path, n_labels = self.table_path(LABELS), 0
+        schema = LABELS.to_arrow(LABELS.empty(), str(path)).schema
+
+        def write_both(labels_file: Path, wide_file: Path) -> None:
+            nonlocal n_labels
+            append_wide = csv_appender(wide_file)
+            with pq.ParquetWriter(labels_file, schema, compression="zstd") as writer:
+                for labels, wide in shards:
+                    writer.write_table(LABELS.to_arrow(labels, str(path)).select(schema.names).cast(schema))
+                    append_wide(wide)
+                    n_labels += len(labels)
+
+        write_with(path, lambda one: write_with(self.labels_csv_path, lambda other: write_both(one, other)))
+        return n_labels
+
     def read_dataset(self) -> AlignedDataset:
         """The aligned data set; raises `VocabularyMismatch` if it was made for other concepts."""
         path = self.path / "dataset.parquet"
@@ -232,6 +263,18 @@ class RunFolder:
         }
         self._write(dataset_contract(n_concepts), table, metadata)
 
+    def iterate_rows(self, contract: Contract, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
+        """Some columns of a one-file table, a batch at a time, so that a large one need not fit in memory.
+
+        Strings that repeat from row to row come as dictionaries. Values were checked on writing.
+        """
+        path = self.table_path(contract)
+        contract.check_tag(_schema(path, contract.name), str(path))
+        repeating = [c for c in ("image_id", "concept_id") if c in columns and c in contract.key and contract is LABELS]
+        with pq.ParquetFile(path, read_dictionary=repeating) as file:
+            for batch in file.iter_batches(batch_rows, columns=list(columns)):
+                yield pa.Table.from_batches([batch])
+
     # ---- tables in parts ----------------------------------------------------------------------------
 
     def append_judgements(self, judgements: pd.DataFrame | pa.Table) -> Path | None:
@@ -242,6 +285,16 @@ class RunFolder:
         path = self.judgements_dir / f"part-{number:06d}-{uuid.uuid4().hex[:8]}.parquet"
         _write_table(path, JUDGEMENTS.to_arrow(judgements, str(path)))
         return path
+
+    def judgement_parts(self) -> list[Path]:
+        """Paths of the ledger's parts in the order of writing."""
+        return sorted(self.judgements_dir.glob("part-*.parquet"))
+
+    def read_part(
+        self, path: Path, contract: Contract, columns: Sequence[str], image_ids: pa.Array | None = None
+    ) -> pa.Table:
+        """Some columns of one part of the ledger or the alignment; with `image_ids`, only the rows of these images."""
+        return _read_table(path, contract, columns, image_ids)
 
     def iterate_judgements(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Some columns of the ledger part by part, in the order of writing, so that it need not fit in memory."""
@@ -335,10 +388,14 @@ def _write_table(path: Path, table: pa.Table) -> None:
     write_with(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
-def _read_table(path: Path, contract: Contract, columns: Sequence[str] | None = None) -> pa.Table:
+def _read_table(
+    path: Path, contract: Contract, columns: Sequence[str] | None = None, image_ids: pa.Array | None = None
+) -> pa.Table:
     # The tag is read first: columns of an unknown version are not worth asking for.
     contract.check_tag(_schema(path, contract.name), str(path))
-    table = _parquet(path, lambda: pq.read_table(path, columns=list(columns) if columns else None, partitioning=None))
+    rows = None if image_ids is None else pc.field("image_id").isin(image_ids)
+    names = list(columns) if columns else None
+    table = _parquet(path, lambda: pq.read_table(path, columns=names, partitioning=None, filters=rows))
     contract.check(table, str(path), columns=columns)
     return table
 

@@ -27,6 +27,8 @@ class Context:
     run: RunFolder
     settings: Settings
     console: Console
+    held: frozenset[str] = frozenset()
+    """Files of the source that are still being written: they are left for the next time."""
 
     @property
     def source(self) -> Path:
@@ -86,6 +88,8 @@ class Step:
     work: Callable[[Context, ShardRunner], StepResult]
     sharded: bool = False
     """Whether the work goes through its `ShardRunner`."""
+    reads_source: bool = False
+    """Whether it reads what others may change meanwhile: then its receipt says what was there before."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,10 @@ def execute(step: Step, context: Context, *, shards: ShardRunner = overlapping) 
         return StepReport(step.name, True, 0.0, record.counts, (), 0.0)
     context.console.title(f"▸ {step.title}")
     started = time.monotonic()
+    before = content_hash(step.inputs(context)) if step.reads_source else None
     result = step.work(context, shards)
     seconds = time.monotonic() - started
-    _record(step, context, result, seconds)
+    _record(step, context, result, seconds, before)
     for warning in result.warnings:
         context.console.warn(warning)
     context.console.say(f"  {_shown(result.counts)} · {seconds:.1f} s")
@@ -130,7 +135,7 @@ def execute(step: Step, context: Context, *, shards: ShardRunner = overlapping) 
     )
 
 
-def _record(step: Step, context: Context, result: StepResult, seconds: float) -> None:
+def _record(step: Step, context: Context, result: StepResult, seconds: float, inputs_sha256: str | None) -> None:
     manifest: RunManifest = context.run.read_manifest()
     manifest.warnings[step.name] = result.warnings
     if result.n_failed:
@@ -138,7 +143,7 @@ def _record(step: Step, context: Context, result: StepResult, seconds: float) ->
     else:
         # Inputs are hashed after the work: a step may add to a table it also reads, such as the ledger.
         manifest.steps[step.name] = StepRecord(
-            inputs_sha256=content_hash(step.inputs(context)),
+            inputs_sha256=inputs_sha256 or content_hash(step.inputs(context)),
             outputs=context.run.receipts(result.outputs),
             finished_at=datetime.now(UTC),
             seconds=round(seconds, 3),

@@ -10,7 +10,7 @@ import typer
 
 from data_contracts.errors import ExitCode, MedMicnError
 from flows import console as consoles
-from flows.commands import demo, journal, labels, run, steps, use
+from flows.commands import demo, exchange, journal, labels, repeat, run, steps, use
 from flows.commands.common import OUTCOME
 
 # typer carries its own click and exports of its usage errors only this one's children.
@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (run, steps, labels, journal, use, demo):
+for module in (run, steps, labels, exchange, journal, use, demo, repeat):
     module.register(app)
 
 

@@ -125,7 +125,7 @@ def _start(listener: socket.socket, said: IO[bytes]) -> subprocess.Popen[bytes]:
 
 def _serve(listener_fd: int, starter_pid: int) -> None:
     """Serve Prefect's API on a socket that listens already, as long as the starter lives."""
-    threading.Thread(target=_end_with, args=(starter_pid,), daemon=True).start()
+    threading.Thread(target=end_with, args=(starter_pid,), daemon=True).start()
     import uvicorn
     from prefect.server.api.server import create_app
 
@@ -134,7 +134,7 @@ def _serve(listener_fd: int, starter_pid: int) -> None:
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=listener_fd)])
 
 
-def _end_with(starter_pid: int) -> None:
+def end_with(starter_pid: int) -> None:
     """End this process when its parent is no longer the starter: in order, and by force if that takes too long."""
     while os.getppid() == starter_pid:
         time.sleep(_WATCH_INTERVAL_S)

@@ -17,13 +17,16 @@ from data_contracts.ports import PixelReader
 from data_contracts.spreadsheet import read_csv
 from data_contracts.store import RunFolder
 from flows.chain import Context
+from flows.compared import systems_for_report
 from flows.steps.fuse import AGREEMENT_CSV, LEAKS_CSV
 from flows.steps.images import accepted, image_reader
 from flows.summary import metrics_of
 from pipeline.report.content import ConceptExamples, ReportContent, Tile
+from pipeline.report.evidence import EVIDENCE, TRUST, Spec
 
 _TILES_PER_ROW = 3
 _CLASS_TILES = 4
+_SHOWN_DISAGREEMENTS = 12
 TRUTH_AGREEMENT_CSV = "truth_agreement.csv"
 
 
@@ -52,6 +55,8 @@ def gather(context: Context) -> ReportContent:
         labels=labels,
         agreement=_agreement(run),
         leaks=_csv(run.path / LEAKS_CSV),
+        trust=_trust(run),
+        label_reliability=_label_reliability(run),
         examples=_concept_examples(run, labels, read),
         history=_csv(run.model_dir / "curves.csv"),
         chosen_epochs={int(seed): int(epoch) for seed, epoch in metrics.get("chosen_epochs", {}).items()},
@@ -60,12 +65,48 @@ def gather(context: Context) -> ReportContent:
         confusion=_confusion(test, metrics.get("class_names")),
         calibration=_frame(test.get("calibration")),
         concept_metrics=_frame(test.get("concepts")),
-        systems=_csv(run.path / "comparison.csv"),
+        systems=systems_for_report(run.path / "comparison.csv"),
         rules=_csv(run.explanations_dir / "rules.csv"),
+        evidence=_evidence(run),
+        concept_use_text=_text_of(run.explanations_dir / "concept_use.md"),
         saliency=_saliency(run),
         manifest=manifest.model_dump(mode="json"),
         limits=_limits(run, manifest.synthetic),
     )
+
+
+def _tables(run: RunFolder, specs: Mapping[str, Spec]) -> dict[str, pd.DataFrame]:
+    found = {name: _csv(run.path / spec.file) for name, spec in specs.items()}
+    return {name: table for name, table in found.items() if table is not None}
+
+
+def _trust(run: RunFolder) -> dict[str, pd.DataFrame]:
+    """Tables about the labels: of an audit the fused labels' rows, of disagreements the first."""
+    found = _tables(run, TRUST)
+    if "audit" in found:
+        found["audit"] = found["audit"][found["audit"]["witness"] == "fused"]
+    if "disagreements" in found:
+        head = found["disagreements"].head(_SHOWN_DISAGREEMENTS)
+        # Never a file name: those can name patients.
+        found["disagreements"] = head.assign(image=head["image_id"].str[:8])
+    return found
+
+
+def _label_reliability(run: RunFolder) -> pd.DataFrame | None:
+    table = _csv(run.path / "reliability.csv")
+    return None if table is None else table[table["source"] == "fused"]
+
+
+def _evidence(run: RunFolder) -> dict[str, pd.DataFrame]:
+    """Tables about the classifier: of the reject option the threshold in use."""
+    found = _tables(run, EVIDENCE)
+    if "reject" in found:
+        found["reject"] = found["reject"][found["reject"]["in_use"].astype(bool)]
+    return found
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:

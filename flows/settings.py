@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from annotation.vlm.settings import VlmSettings
 from data_contracts.errors import ConfigurationError
@@ -56,6 +56,18 @@ class SourceSettings(_Section):
         return self
 
 
+Scale = Literal["linear", "quadratic"]
+"""How the disagreement of two values of a scale grows with the steps between them."""
+
+
+def scale_of(name: str) -> tuple[str, Scale]:
+    """(group, scale) of `GROUP`, `GROUP=linear` or `GROUP=quadratic`; raises `ValueError` for another scale."""
+    group, _, scale = name.partition("=")
+    if not group or scale not in ("", "linear", "quadratic"):
+        raise ValueError(f"expected GROUP, GROUP=linear or GROUP=quadratic, got {name!r}")
+    return group, "linear" if scale == "linear" else "quadratic"
+
+
 class ConceptSettings(_Section):
     """Where concepts come from and which are kept."""
 
@@ -84,8 +96,23 @@ class ConceptSettings(_Section):
     """Most images in one question for concepts."""
     merge_cosine: float = Field(0.90, ge=-1, le=1)
     """Names closer than this become one concept with its wordings as synonyms, unless they hold opposite words."""
+    ordinal_groups: tuple[str, ...] = ()
+    """Exclusive groups whose values form a scale, in the order of the concepts table, such as `nucleus size`: experts
+    are compared on them by weighted kappa, quadratic, or linear with `nucleus size=linear`."""
     seed: int = 0
     """Seed of the sampled images."""
+
+    @field_validator("ordinal_groups")
+    @classmethod
+    def _scales_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            scale_of(name)
+        return names
+
+    @property
+    def ordinal_scales(self) -> dict[str, Scale]:
+        """Group → how far apart two of its values are."""
+        return dict(scale_of(name) for name in self.ordinal_groups)
 
 
 class EndpointSettings(VlmSettings):
@@ -150,6 +177,9 @@ class AlignSettings(_Section):
     """AUROC by which a concept's score must beat its nulls."""
     leak_max_explained_fraction: float = Field(0.9, gt=0, le=1)
     """Share of a concept's answers that the class may explain before their witness must show that it saw more."""
+    regions: Path | None = None
+    """Where concepts are to be seen, as people marked it, against which heatmaps are tested: a CSV with
+    `path,concept,x0,y0,x1,y1` (pixels; x1 and y1 just outside), or a folder of masks `CONCEPT_ID/IMAGE.png`."""
     seed: int = 0
     """Seed of the folds."""
 
@@ -157,24 +187,60 @@ class AlignSettings(_Section):
 class LabelSettings(_Section):
     """How witnesses become labels."""
 
-    threshold: Literal["none", "fixed", "otsu", "judgements"] = "none"
-    """How an alignment score becomes a vote: a fixed value, Otsu's per concept, or fitted to the judgements;
-    none: the label model weighs the score itself, which is better unless the paper's rule is wanted."""
+    threshold: Literal["none", "fixed", "otsu", "agreement", "audited"] = "none"
+    """How an alignment score becomes a vote: a fixed value, Otsu's per concept, one fitted to the other witnesses as
+    reliable as they are found, or that corrected by audited cells; none: the label model weighs the score itself, which
+    is better unless the paper's rule is wanted."""
     fixed_threshold: float | None = None
     """The value for `threshold = "fixed"`; depends on the aligner."""
+    fixed_threshold_model: str | None = None
+    """`align.model` that the fixed value belongs to; with another one it is refused. None: the first one it is used
+    with in a run folder."""
+    thresholds_file: Path | None = None
+    """`thresholds.csv` of another run, used instead of fitting where model, prompts and words are still the same."""
+    min_precision: float | None = Field(None, gt=0.5, lt=1)
+    """Precision that calls of presence shall have, per concept: less sure labels abstain. Held against audited cells
+    where there are any. None: `abstain_high` alone; thresholds of alignment then ask for 0.9."""
+    min_npv: float | None = Field(None, gt=0.5, lt=1)
+    """Share of calls of absence that shall be right, per concept. None: `abstain_low` alone, likewise."""
     abstain_low: float = Field(0.35, ge=0, le=0.5)
     """Above this probability a concept is no longer called absent."""
     abstain_high: float = Field(0.65, ge=0.5, le=1)
     """From this probability on a concept is called present; between the two the label abstains."""
 
 
+MapMethod = Literal["hires-cam", "grad-cam", "grad-cam++", "layer-cam", "xgrad-cam"]
+
+
 class ExplainSettings(_Section):
     """What is explained and drawn after training."""
 
     split: Literal["val", "test"] = "test"
-    """Split over which rules are read."""
+    """Split on which rules, maps and the use of concepts are measured; rules are read on training images."""
+    max_rules_per_class: int = Field(5, ge=1)
+    """Most rules that are given for a class; fewer where further ones add nothing."""
+    n_evidence_images: int = Field(2000, ge=0)
+    """Held-out images, drawn at random where there are more, on which is measured whether the concepts are used: each
+    hidden, shuffled, corrected rightly and wrongly. 0: not measured."""
+    random_concept_control: bool = True
+    """Train the system once more on shuffled concept labels and measure that too: as long as training one seed; only
+    with a frozen backbone."""
     n_maps_per_class: int = Field(2, ge=0)
     """Images of each class for which saliency maps are drawn."""
+    map_methods: tuple[MapMethod, ...] = Field(("hires-cam",), min_length=1)
+    """Saliency methods: the first one draws, all are tested against their controls."""
+    n_map_evidence_images: int = Field(24, ge=0)
+    """Held-out images on which maps are tested: agreement with concepts, deletion, insertion; each costs about forty
+    passes of the network. 0: none."""
+    robustness_images: int = Field(0, ge=0)
+    """Held-out images for the sensitivity analysis: FGSM, PGD, noise, corruptions. Each costs about two hundred passes,
+    on a CPU 10 s an image, so 0, none, is the default; 100 is a good number on a GPU."""
+    subgroups: Path | None = None
+    """CSV with `path` or `image_id` and any columns (skin tone, site, sex): metrics of each value, with intervals."""
+    reject_coverage: float | None = Field(None, gt=0, le=1)
+    """Give a class only to this fraction of images, the surest; the threshold is taken from validation images."""
+    reject_max_risk: float | None = Field(None, gt=0, lt=1)
+    """Give a class only where, with 95 % probability, at most this fraction is wrong, judged by validation images."""
 
 
 class FlowSettings(_Section):
@@ -188,6 +254,36 @@ class FlowSettings(_Section):
     """What runs shards; dask and ray need their packages and a running Prefect server."""
 
 
+class ScheduleSettings(_Section):
+    """When a repeated run trains again, what it takes for drift, and when a new model replaces the old one."""
+
+    settle_s: float = Field(10.0, ge=0)
+    """A file counts as wholly copied when its size and time stay the same for so long; others wait for the next run."""
+    retrain_after_new_images: int | None = Field(100, ge=1)
+    """Train again when so many images with a class came since the last training; none: never for this reason."""
+    retrain_after_corrections: int | None = Field(20, ge=1)
+    """Train again when experts gave so many answers since the last training; none: never for this reason."""
+    retrain_on_drift: bool = True
+    """Train again once a person has approved images that drifted; false: wait for another reason."""
+    watch_drift: bool = True
+    """Compare new images with those of the last training, and ask a person before drifted ones are trained on."""
+    drift_alpha: float = Field(0.01, gt=0, lt=1)
+    """Probability of a false alarm over all tests together (Holm)."""
+    drift_min_images: int = Field(30, ge=10)
+    """New images, or patients where these are known, below which nothing is tested."""
+    drift_min_prevalence_change: float = Field(0.10, ge=0, le=1)
+    """Smaller differences of a concept's share of images raise no alarm, however certain."""
+    drift_min_distance: float = Field(0.20, ge=0, le=1)
+    """Smaller Kolmogorov-Smirnov distances of scores and image statistics raise no alarm."""
+    drift_min_association: float = Field(0.20, ge=0, le=1)
+    """Smaller values of Cramér's V for file formats and classes raise no alarm."""
+    max_loss: float = Field(0.03, ge=0, le=1)
+    """A new model replaces the old one if its macro-F1 is not lower by so much, with 95 % confidence, on test images
+    that both know."""
+    keep_models: int = Field(5, ge=1)
+    """Models that are kept besides the one in use, for `medmicn rollback`."""
+
+
 class Settings(_Section):
     """Everything that can be configured."""
 
@@ -199,6 +295,7 @@ class Settings(_Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     explain: ExplainSettings = Field(default_factory=ExplainSettings)
     flow: FlowSettings = Field(default_factory=FlowSettings)
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     privacy: PrivacySettings = Field(default_factory=PrivacySettings)
 
     @model_validator(mode="after")

@@ -53,8 +53,13 @@ class Preprocessing:
 
     def __call__(self, pixels: Pixels) -> Tensor:
         """(H, W, 3) uint8 → (3, size, size) float32."""
-        square = self.resize(pixels).astype(np.float32) / 255
-        scaled = (square - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return self.scale(self.resize(pixels))
+
+    def scale(self, square: Pixels) -> Tensor:
+        """(size, size, 3) uint8 → (3, size, size) float32, standardised."""
+        scaled = (square.astype(np.float32) / 255 - np.asarray(self.mean, np.float32)) / np.asarray(
+            self.std, np.float32
+        )
         return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
     def resize(self, pixels: Pixels) -> Pixels:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from data_contracts.concepts import Vocabulary
 from data_contracts.errors import CheckpointRefused, MedMicnError
-from data_contracts.files import sha256_of_file, write_bytes, write_text
+from data_contracts.files import sha256_of_file, storage_error, write_bytes, write_text
 from model.backbones import Backbone, Preprocessing, build_backbone
 from model.config import EMBEDDED, TrainConfig
 from model.devices import resolve_device
@@ -42,23 +43,33 @@ CONFIG, VOCABULARY, WEIGHTS, METRICS, CURVES = (
     "curves.csv",
 )
 
+_FILES = (VOCABULARY, WEIGHTS, METRICS, CURVES)
+_STAGED = ".new"
+
 _REMEDY = "Train again with `medmicn train`, or restore the folder from where it was made."
 
 
 def save_run(folder: Path, run: TrainedRun, metrics: dict[str, Any] | None = None) -> Fitted:
     """Write the run's best seed (by validation) with its vocabulary, metrics and curves; returns that seed.
 
-    `config.json` is written last: without it the folder is no checkpoint, so a killed run leaves none that is half.
+    All of it is on the disk beside the old files before the first of these is replaced, and `config.json` is the
+    last one: a write that is interrupted leaves the old checkpoint, or one that `load` refuses, never a mixture.
     Raises `StorageError`.
     """
     fitted = run.best
-    (folder / CONFIG).unlink(missing_ok=True)
-    write_text(folder / VOCABULARY, run.vocabulary.to_json())
-    write_bytes(folder / WEIGHTS, save(_tensors(run.config, fitted)))
-    write_text(folder / METRICS, json.dumps(metrics or {}, indent=2, allow_nan=False))
-    write_text(folder / CURVES, run.history.to_csv(index=False))
-    files = {name: sha256_of_file(folder / name) for name in (VOCABULARY, WEIGHTS, METRICS, CURVES)}
-    write_text(folder / CONFIG, json.dumps(_signed(_description(run, fitted) | {"files": files}), indent=2))
+    staged = folder / _STAGED
+    write_text(staged / VOCABULARY, run.vocabulary.to_json())
+    write_bytes(staged / WEIGHTS, save(_tensors(run.config, fitted)))
+    write_text(staged / METRICS, json.dumps(metrics or {}, indent=2, allow_nan=False))
+    write_text(staged / CURVES, run.history.to_csv(index=False))
+    files = {name: sha256_of_file(staged / name) for name in _FILES}
+    write_text(staged / CONFIG, json.dumps(_signed(_description(run, fitted) | {"files": files}), indent=2))
+    try:
+        for name in (*_FILES, CONFIG):
+            (staged / name).replace(folder / name)
+        shutil.rmtree(staged)
+    except OSError as error:
+        raise storage_error(folder, error) from error
     return fitted
 
 
@@ -70,7 +81,7 @@ def load(folder: Path, *, vocabulary: Vocabulary | None = None, device: str = "c
     that holds the backbone's weights is missing.
     """
     content = _read_config(folder)
-    _verify_files(folder, content["files"])
+    _verify_files(folder, content.get("files"))
     stored = Vocabulary.from_json((folder / VOCABULARY).read_text("utf-8"), str(folder / VOCABULARY))
     if vocabulary is not None:
         vocabulary.require(stored.sha256, str(folder / VOCABULARY))
@@ -78,7 +89,7 @@ def load(folder: Path, *, vocabulary: Vocabulary | None = None, device: str = "c
         config = TrainConfig.model_validate(content["train"])
         backbone, head = _networks(content, config, stored, _read_tensors(folder))
         class_names, seed = tuple(content["class_names"]), int(content["seed"])
-    except (KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ValidationError) as error:
         raise _refused(folder, f"{CONFIG} and {WEIGHTS} do not fit together ({str(error)[:200]})") from error
     return Classifier(backbone, head, stored, class_names, config, seed, resolve_device(device))
 
@@ -141,8 +152,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _verify_files(folder: Path, files: dict[str, str]) -> None:
-    for name in (VOCABULARY, WEIGHTS, METRICS, CURVES):
+def _verify_files(folder: Path, files: object) -> None:
+    if not isinstance(files, dict):
+        raise _refused(folder, f"{CONFIG}: expected the sha256 of every file under 'files', got {files!r}")
+    for name in _FILES:
         if not (folder / name).is_file():
             raise _refused(folder, f"{name} is missing")
         found = sha256_of_file(folder / name)

@@ -6,35 +6,42 @@ Both are `Inputs`: the trainer and the evaluation do not know which one they hav
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_contracts.dataset import AlignedDataset
-from data_contracts.errors import ImageRejected, RejectReason
-from data_contracts.ports import Advance, PixelReader, ignore_progress
+from data_contracts.errors import ImageRejected
+from data_contracts.ports import Pixels
+from model.augment import AUGMENTATIONS, NONE, Augmentation
 from model.backbones import Backbone
-from model.feature_store import FeatureStore
 
 Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
 
-_SHARD = 32
-"""Images in one pass through the backbone, and at most lost to a kill."""
+_IN_MEMORY_BYTES = 1 << 30
+"""Features up to this size are read into memory once."""
+
+
+class Draw(NamedTuple):
+    """Which random copies of the images are meant: the same draw gives the same copies, in any order of batches."""
+
+    seed: int
+    epoch: int
 
 
 class Inputs(Protocol):
     """Batches of network input by row number of a data set."""
 
-    def batches(self, batches_of_rows: Iterable[Rows]) -> Iterator[Tensor]:
-        """One float32 tensor for each array of row numbers, in order."""
+    def batches(self, batches_of_rows: Iterable[Rows], draw: Draw | None = None) -> Iterator[Tensor]:
+        """One float32 tensor for each array of row numbers, in order; of changed copies where a draw is given."""
         ...
 
 
@@ -43,146 +50,83 @@ class FeatureInputs:
     """(B, F) cached features."""
 
     stored: npt.NDArray[np.float32]
-    """(n, F) memory map; only the rows of one batch are ever in memory."""
+    """(n, F) memory map; where it is too large for the memory, only the rows of one batch are ever read."""
     positions: Rows
     """Row of the map for each row of the data set."""
+    views: Rows | None = None
+    """(V, N) rows of the map that hold changed copies; −1 for images that have none."""
 
-    def batches(self, batches_of_rows: Iterable[Rows]) -> Iterator[Tensor]:
-        """(B, F) features of each batch."""
+    @cached_property
+    def _in_memory(self) -> Tensor | None:
+        return torch.tensor(self.stored) if self.stored.nbytes <= _IN_MEMORY_BYTES else None
+
+    def batches(self, batches_of_rows: Iterable[Rows], draw: Draw | None = None) -> Iterator[Tensor]:
+        """(B, F) features of each batch; with a draw, each of the image itself or of one of its copies."""
+        positions = self.positions if draw is None or self.views is None else self._drawn(self.views, draw)
+        features = self._in_memory
         for rows in batches_of_rows:
-            yield torch.from_numpy(np.asarray(self.stored[self.positions[rows]], dtype=np.float32))
+            if features is not None:
+                yield features[torch.from_numpy(positions[rows])]
+            else:
+                yield torch.from_numpy(np.asarray(self.stored[positions[rows]], dtype=np.float32))
+
+    def _drawn(self, views: Rows, draw: Draw) -> Rows:
+        n_views, n_rows = views.shape
+        chosen = np.random.default_rng(draw).integers(0, n_views + 1, n_rows)
+        copies = np.concatenate([self.positions[None], np.where(views < 0, self.positions, views)])
+        return copies[chosen, np.arange(n_rows)]
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """(B, 3, S, S) preprocessed images, decoded by threads a little ahead of their use."""
+    """(B, 3, S, S) preprocessed images, prepared by threads a little ahead of their use."""
 
     image_ids: Sequence[str]
-    read: PixelReader
+    squares: Callable[[str], Pixels]
+    """Image id → its (S, S, 3) pixels; raises `ImageRejected`."""
     backbone: Backbone
     n_threads: int = 2
+    augmentation: Augmentation = AUGMENTATIONS[NONE]
 
-    def batches(self, batches_of_rows: Iterable[Rows]) -> Iterator[Tensor]:
+    def batches(self, batches_of_rows: Iterable[Rows], draw: Draw | None = None) -> Iterator[Tensor]:
         """(B, 3, S, S) images of each batch; raises `ImageRejected` if one became unreadable since it was checked."""
-        ids = ([self.image_ids[row] for row in rows] for rows in batches_of_rows)
-        for _ids, images, rejected in prepared_batches(ids, self.read, self.backbone, self.n_threads):
-            if rejected:
-                image_id, reason = next(iter(rejected.items()))
-                raise ImageRejected(reason, f"image {image_id[:12]}…: became unreadable while training ({reason}).")
-            yield images
+        return ahead((partial(self._load, rows, draw) for rows in batches_of_rows), self.n_threads)
+
+    def _load(self, rows: Rows, draw: Draw | None) -> Tensor:
+        return torch.stack([self._image(int(row), draw) for row in rows])
+
+    def _image(self, row: int, draw: Draw | None) -> Tensor:
+        image_id = self.image_ids[row]
+        try:
+            square = self.squares(image_id)
+        except ImageRejected as error:
+            raise ImageRejected(
+                error.reason, f"image {image_id[:12]}…: became unreadable while training ({error.reason})."
+            ) from error
+        if draw is not None:
+            square = changed(square, self.augmentation, np.random.default_rng([*draw, row]))
+        return self.backbone.preprocess.scale(square)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A data set of readable images only, with its inputs."""
-
-    dataset: AlignedDataset
-    inputs: Inputs
-    rejected: dict[str, RejectReason]
-    """Ids of the images that were left out, with the reason."""
-    n_reused: int
-    """Images whose features were already on the disk."""
+def changed(square: Pixels, augmentation: Augmentation, rng: np.random.Generator) -> Pixels:
+    """(S, S, 3) uint8 → a changed copy of it."""
+    if augmentation.changes_nothing:
+        return square
+    image = augmentation(torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1))), rng)
+    return image.numpy().transpose(1, 2, 0)
 
 
-def prepare(
-    dataset: AlignedDataset,
-    read: PixelReader,
-    backbone: Backbone,
-    *,
-    frozen: bool,
-    cache_dir: Path,
-    device: torch.device,
-    n_threads: int = 2,
-    advance: Advance = ignore_progress,
-) -> Prepared:
-    """The data set without its unreadable images, with cached features (`frozen`) or images to go with it."""
-    if not frozen:
-        rejected = _unreadable(dataset.image_ids, read, backbone, n_threads, advance)
-        usable = _without(dataset, rejected)
-        return Prepared(usable, ImageInputs(usable.image_ids, read, backbone, n_threads), rejected, 0)
-    store = FeatureStore(cache_dir / f"features-{backbone.key[:16]}", backbone.n_features)
-    n_reused = sum(image_id in store for image_id in dataset.image_ids)
-    rejected = fill(store, dataset.image_ids, read, backbone, device=device, n_threads=n_threads, advance=advance)
-    usable = _without(dataset, rejected)
-    inputs = FeatureInputs(store.rows(), store.positions(usable.image_ids))
-    return Prepared(usable, inputs, rejected, n_reused)
-
-
-def fill(
-    store: FeatureStore,
-    image_ids: Sequence[str],
-    read: PixelReader,
-    backbone: Backbone,
-    *,
-    device: torch.device,
-    n_threads: int = 2,
-    advance: Advance = ignore_progress,
-) -> dict[str, RejectReason]:
-    """Compute and store the features that are missing; returns the images that could not be read."""
-    missing = list(dict.fromkeys(i for i in image_ids if i not in store))
-    advance(len(image_ids) - len(missing))
-    rejected: dict[str, RejectReason] = {}
-    module = backbone.module.to(device).eval()
-    shards = (missing[start : start + _SHARD] for start in range(0, len(missing), _SHARD))
-    for ids, images, unreadable in prepared_batches(shards, read, backbone, n_threads):
-        rejected |= unreadable
-        if ids:
-            with torch.inference_mode():
-                computed = module(images.to(device)).float().cpu().numpy()
-            store.append(ids, computed)
-        advance(len(ids) + len(unreadable))
-    return rejected
-
-
-Batch = tuple[list[str], Tensor, dict[str, RejectReason]]
-
-
-def prepared_batches(
-    batches_of_ids: Iterable[Sequence[str]], read: PixelReader, backbone: Backbone, n_threads: int
-) -> Iterator[Batch]:
-    """(ids read, (n, 3, S, S) images, ids rejected) of each batch; each thread decodes one batch ahead."""
+def ahead(jobs: Iterable[Callable[[], T]], n_threads: int) -> Iterator[T]:
+    """Results of the jobs in their order; each thread works one job ahead of its use."""
     with ThreadPoolExecutor(n_threads) as pool:
-        source = iter(batches_of_ids)
-        waiting: deque[Future[Batch]] = deque(
-            pool.submit(_load, ids, read, backbone) for ids in islice(source, n_threads)
-        )
+        source = iter(jobs)
+        waiting: deque[Future[T]] = deque(pool.submit(job) for job in islice(source, n_threads))
         while waiting:
-            batch = waiting.popleft().result()
-            waiting.extend(pool.submit(_load, ids, read, backbone) for ids in islice(source, 1))
-            yield batch
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(job) for job in islice(source, 1))
+            yield result
 
 
 def in_batches(rows: Rows, batch_size: int) -> list[Rows]:
     """The rows cut into batches; the last one may be smaller."""
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
-def _load(ids: Sequence[str], read: PixelReader, backbone: Backbone) -> Batch:
-    images: dict[str, Tensor] = {}
-    rejected: dict[str, RejectReason] = {}
-    for image_id in ids:
-        try:
-            images[image_id] = backbone.preprocess(read(image_id))
-        except ImageRejected as error:
-            rejected[image_id] = error.reason
-    size = (0, 3, backbone.size_px, backbone.size_px)
-    stacked = torch.stack([images[i] for i in ids if i in images]) if images else torch.empty(size)
-    return [i for i in ids if i in images], stacked, rejected
-
-
-def _unreadable(
-    ids: Sequence[str], read: PixelReader, backbone: Backbone, n_threads: int, advance: Advance
-) -> dict[str, RejectReason]:
-    """Every image is read once before hours of training depend on it."""
-    rejected: dict[str, RejectReason] = {}
-    shards = (ids[start : start + _SHARD] for start in range(0, len(ids), _SHARD))
-    for found, _images, unreadable in prepared_batches(shards, read, backbone, n_threads):
-        rejected |= unreadable
-        advance(len(found) + len(unreadable))
-    return rejected
-
-
-def _without(dataset: AlignedDataset, rejected: dict[str, RejectReason]) -> AlignedDataset:
-    if not rejected:
-        return dataset
-    return dataset.take(np.flatnonzero(~dataset.frame["image_id"].isin(list(rejected))).astype(np.int64))

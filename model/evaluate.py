@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from data_contracts.concepts import Vocabulary
 from data_contracts.dataset import AlignedDataset
 from data_contracts.tables import Split
 from model import metrics as m
@@ -17,7 +18,7 @@ from model.devices import resolve_device
 from model.fit import TrainedRun
 from model.loop import Fitted
 from model.network import ImageNetwork
-from model.outputs import Outputs, collect
+from model.outputs import Outputs, Side, collect_with_side
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,36 @@ def evaluate(run: TrainedRun, split: Split | str = Split.TEST) -> RunEvaluation:
     """Metrics of every seed on one split of the data the run was trained on."""
     dataset = run.prepared.dataset
     rows = dataset.rows(split)
-    return RunEvaluation(
-        tuple(
-            measure(dataset.take(rows), outputs_of(run, fitted, rows), fitted.seed, str(split)) for fitted in run.seeds
-        )
-    )
+    shown = dataset.take(rows)
+    found = []
+    for fitted in run.seeds:
+        outputs, side = outputs_with_side(run, fitted, rows)
+        measured = measure(shown, outputs, fitted.seed, str(split))
+        found.append(replace(measured, metrics=measured.metrics | side_metrics(shown.class_index(), side)))
+    return RunEvaluation(tuple(found))
 
 
 def outputs_of(run: TrainedRun, fitted: Fitted, rows: Rows) -> Outputs:
     """What one network of the run says about these rows of its data set."""
+    return outputs_with_side(run, fitted, rows)[0]
+
+
+def outputs_with_side(run: TrainedRun, fitted: Fitted, rows: Rows) -> tuple[Outputs, Side | None]:
+    """`outputs_of`, and what passes the concepts by, for systems that can tell."""
     model = fitted.network if run.config.freeze_backbone else ImageNetwork(fitted.backbone.module, fitted.network)
-    return collect(model, run.prepared.inputs, rows, resolve_device(run.config.device))
+    return collect_with_side(model, run.prepared.inputs, rows, resolve_device(run.config.device))
+
+
+def side_metrics(y: npt.NDArray[np.int64], side: Side | None) -> dict[str, float]:
+    """How much of the decision passes the concepts by, and how well the concepts' part decides without the rest."""
+    if side is None or not len(y):
+        return {}
+    confusion = m.confusion_matrix(y, side.concepts_predict, side.logits.shape[1])
+    return {
+        "side_share": side.share,
+        "concepts_only_accuracy": m.accuracy(confusion),
+        "concepts_only_macro_f1": m.mean_defined(m.per_class(confusion).f1),
+    }
 
 
 def measure(dataset: AlignedDataset, outputs: Outputs, seed: int, split: str) -> Evaluation:
@@ -128,11 +148,7 @@ def measure(dataset: AlignedDataset, outputs: Outputs, seed: int, split: str) ->
         "auroc": m.mean_defined(classes["auroc"].to_numpy()),
         "ece": m.expected_calibration_error(bins),
         "brier": m.brier(y, outputs.class_probabilities),
-        **(
-            {f"concept_{k}": m.mean_defined(concepts[k].to_numpy()) for k in ("auroc", "f1", "accuracy")}
-            if outputs.has_concepts
-            else {}
-        ),
+        **(_concept_metrics(dataset, outputs, concepts) if outputs.has_concepts else {}),
         **_rule_metrics(y, outputs),
     }
     names = list(dataset.class_names)
@@ -181,6 +197,23 @@ def _per_concept(dataset: AlignedDataset, outputs: Outputs) -> pd.DataFrame:
             "accuracy": m.concept_accuracy(c, mask, said),
         }
     )
+
+
+def _concept_metrics(dataset: AlignedDataset, outputs: Outputs, concepts: pd.DataFrame) -> dict[str, float]:
+    """Means over concepts; `concept_macro_f1` is the mean over attributes of the macro-F1 over their values."""
+    attributes = m.attribute_macro_f1(
+        dataset.concepts, dataset.mask, outputs.concept_probabilities, attributes_of(dataset.vocabulary)
+    )
+    means = {f"concept_{k}": m.mean_defined(concepts[k].to_numpy()) for k in ("auroc", "f1", "accuracy")}
+    return means | {"concept_macro_f1": m.mean_defined(attributes)}
+
+
+def attributes_of(vocabulary: Vocabulary) -> list[list[int]]:
+    """Columns of each attribute: those of one exclusive group, or one concept that stands alone."""
+    columns: dict[str, list[int]] = {}
+    for k, concept in enumerate(vocabulary.concepts):
+        columns.setdefault(f"group {concept.group}" if concept.group else f"concept {concept.concept_id}", []).append(k)
+    return list(columns.values())
 
 
 def _rule_metrics(y: npt.NDArray[np.int64], outputs: Outputs) -> dict[str, float]:

@@ -1,36 +1,53 @@
-"""One seed's training: epochs, validation, and the epoch that is kept."""
+"""One seed's training: epochs of steps, the epoch that is kept, and a state on the disk meanwhile."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
 
-from data_contracts.tables import Split
+from data_contracts.errors import StepFailed
 from model.backbones import Backbone
 from model.config import TrainConfig
-from model.data import Prepared, Rows, in_batches
-from model.devices import few_threads, reproducible, resolve_device
-from model.losses import Losses, LossWeights, Targets, balanced_class_weights, losses
-from model.metrics import confusion_matrix, mean_defined, per_class
-from model.network import Head, ImageNetwork, NetworkOutput, Sizes
-from model.systems.registry import build_network
+from model.course import Course, validation_rank
+from model.data import Draw, Rows, in_batches
+from model.devices import compiling, few_threads, memory_advice, reproducible, resolve_device
+from model.learner import Learner, Step, named
+from model.network import Head
+from model.parallel import Processes
+from model.prepare import Prepared
+from model.resume import State, StateFile
+from model.schedules import step_fraction
+
+_REPORT_EVERY_S = 0.5
+"""Reading the loss waits for the GPU, so it is not read at every step."""
+
+_SAVING_FRACTION = 0.02
+"""Part of the time that saving at the ends of short epochs may take."""
+
+
+class Position(NamedTuple):
+    """Where a training is, for people who watch."""
+
+    seed: int
+    epoch: int
+    n_epochs: int
+    step: int
+    """Steps that are done in this epoch."""
+    n_steps: int
+    loss: float
+    """Mean training loss of this epoch so far."""
+
 
 OnEpoch = Callable[[int, dict[str, float]], None]
 """Called after each epoch with the seed and that epoch's row of the history."""
-
-_VALIDATION_BATCH = 64
-
-_N_STATISTICS_IMAGES = 1024
-"""Images that set the feature scale when the backbone is fine-tuned; a frozen one uses all training images."""
+OnStep = Callable[[Position], None]
+"""Called now and then within an epoch."""
 
 
 @dataclass(frozen=True)
@@ -48,188 +65,178 @@ class Fitted:
     """The epoch that was kept, from 1."""
     val_macro_f1: float
     val_loss: float
+    diverged: bool = False
+    """Whether training ended early because the loss was no number any more."""
 
     @property
     def validation_rank(self) -> tuple[float, float]:
         """Larger is better: macro-F1 first, then loss."""
-        return _rank(self.val_macro_f1, self.val_loss)
+        return validation_rank({"val_macro_f1": self.val_macro_f1, "val_loss": self.val_loss})
 
 
 class Loop:
     """Trains one network of one seed; every random draw comes from the seed."""
 
-    def __init__(self, prepared: Prepared, backbone: Backbone, config: TrainConfig, seed: int) -> None:
-        self.config = config
-        self.seed = seed
-        self.device = resolve_device(config.device)
-        self.dataset = prepared.dataset
-        self.inputs = prepared.inputs
-        self.backbone = backbone if config.freeze_backbone else copy.deepcopy(backbone)
-        self.train_rows = self.dataset.rows(Split.TRAIN)
-        self.val_rows = self.dataset.rows(Split.VAL)
-        self.targets = Targets(
-            torch.tensor(self.dataset.class_index()),  # copies: pandas and Arrow hand out read-only memory
-            torch.tensor(self.dataset.concepts),
-            torch.tensor(self.dataset.mask),
-        )
-        self.loss_weights = self._loss_weights()
+    def __init__(
+        self,
+        prepared: Prepared,
+        backbone: Backbone,
+        config: TrainConfig,
+        seed: int,
+        *,
+        state_file: StateFile | None = None,
+    ) -> None:
+        self.prepared, self.backbone, self.config, self.seed = prepared, backbone, config, seed
+        self.state_file = state_file
+        self.processes = Processes.current()
         self.shuffle = np.random.default_rng(seed)
+        self.course = Course()
+        self._started_s = self._saved_at_s = self._reported_at_s = time.monotonic()
+        self._saving_s = 0.0
 
-    def run(self, on_epoch: OnEpoch | None = None) -> Fitted:
-        """The trained network, at its best validation epoch."""
-        with reproducible(self.seed, self.device):
-            self._build()
+    def run(self, on_epoch: OnEpoch | None = None, on_step: OnStep | None = None) -> Fitted:
+        """The trained network, at its best validation epoch; goes on where a state was left.
+
+        Raises `StepFailed` when the memory does not suffice, or when the loss is no number from the first epoch on.
+        """
+        device = resolve_device(self.config.device)
+        with (
+            reproducible(self.seed, device, deterministic=self.config.deterministic),
+            memory_advice(self.config),
+            compiling(self.config),
+        ):
+            self.learner = Learner(self.prepared, self.backbone, self.config, self.seed, self.processes)
+            self._begin()
             with few_threads(self._operations_per_step()):
-                return self._train(on_epoch)
+                self._train(on_epoch, on_step)
+            return self._fitted()
 
     def _operations_per_step(self) -> float:
         if not self.config.freeze_backbone:
             return math.inf
-        return float(self.config.batch_size * sum(p.numel() for p in self.head.parameters()))
+        return float(self.config.batch_size * sum(p.numel() for p in self.learner.head.parameters()))
 
-    def _build(self) -> None:
-        sizes = Sizes(self.backbone.n_features, len(self.dataset.vocabulary), len(self.dataset.class_names))
-        self.head = build_network(sizes, self.config).to(self.device)
-        self._set_feature_scale()
-        groups = _decayed(self.head, self.config.learning_rate, self.config.weight_decay)
-        self.model: nn.Module = self.head
-        if not self.config.freeze_backbone:
-            self.backbone.module.requires_grad_(True)
-            self.model = ImageNetwork(self.backbone.module, self.head).to(self.device)
-            groups += _decayed(self.backbone.module, self.config.backbone_learning_rate, self.config.weight_decay)
-        self.optimiser = torch.optim.AdamW(groups)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, self.config.epochs)
-        self.half = _half_precision(self.config, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
+    def _begin(self) -> None:
+        state = self.state_file.read() if self.state_file else None
+        if state is not None:
+            self.course = Course.of(state, self.learner.device)
+        done = self.course.finished
+        self.learner.begin(None if done else state, self.shuffle)
+        if state is not None and not done:
+            self.shuffle.bit_generator.state = state.values["shuffle"]
 
-    def _train(self, on_epoch: OnEpoch | None) -> Fitted:
-        history: list[dict[str, float]] = []
-        best = (-np.inf, -np.inf)
-        kept, kept_epoch = _copy_of_state(self.model), 0
-        first_candidate = 1 + int(self.config.first_candidate_fraction * self.config.epochs)
-        for epoch in range(1, self.config.epochs + 1):
-            started_s = time.perf_counter()
-            row = {"epoch": float(epoch), **self._train_epoch(), **self._validate()}
-            history.append({**row, "seconds": time.perf_counter() - started_s})
-            if on_epoch is not None:
-                on_epoch(self.seed, history[-1])
-            self.schedule.step()
-            if epoch < first_candidate:
-                continue
-            rank = _rank(row["val_macro_f1"], row["val_loss"])
-            if kept_epoch == 0 or rank > best or len(self.val_rows) == 0:
-                best, kept, kept_epoch = rank, _copy_of_state(self.model), epoch
-            elif epoch - kept_epoch >= self.config.patience:
-                break
-        self.model.load_state_dict(kept)
-        return self._fitted(history, kept_epoch)
+    # ---- epochs --------------------------------------------------------------------------------------------------
 
-    def _fitted(self, history: list[dict[str, float]], epoch: int) -> Fitted:
-        self.backbone.module.cpu().eval().requires_grad_(False)
-        chosen = history[epoch - 1]
+    def _train(self, on_epoch: OnEpoch | None, on_step: OnStep | None) -> None:
+        course, learner = self.course, self.learner
+        while not course.finished:
+            if course.step == 0:
+                course.begin_epoch(self.shuffle.permutation(learner.train_rows), learner.device)
+            self._started_s = time.monotonic() - course.spent_s
+            row = {"epoch": float(course.epoch), **self._train_epoch(on_step), **learner.validate()}
+            row["seconds"] = time.monotonic() - self._started_s
+            course.close_epoch(row, learner.weights, self.config, len(learner.val_rows))
+            if on_epoch is not None and self.processes.is_first:
+                on_epoch(self.seed, row)
+            if not course.finished:
+                self._save_when_due(end_of_epoch=True)
+        self._require_an_epoch()
+        self._save_finished()
+
+    def _train_epoch(self, on_step: OnStep | None) -> dict[str, float]:
+        self.learner.model.train()
+        course, config = self.course, self.config
+        steps = self._steps(course.order)
+        n_warmup = round(config.warmup_epochs * len(steps))
+        left = steps[course.step :]
+        draw = Draw(self.seed, course.epoch)
+        inputs = self.learner.inputs.batches([rows for step in left for rows in step.batches], draw)
+        for step in left:
+            n_done = (course.epoch - 1) * len(steps) + course.step
+            fraction = step_fraction(n_done, config.epochs * len(steps), n_warmup)
+            course.sums += self.learner.train_step(step, inputs, fraction) * len(step.rows)
+            course.step += 1
+            self._save_when_due()
+            if on_step is not None:
+                self._report(on_step, steps)
+        n_images = sum(len(step.rows) for step in steps)
+        return named("train", self.processes.total(course.sums.clone()) / n_images)
+
+    def _steps(self, order: Rows) -> list[Step]:
+        """The epoch's steps; each process and each of its batches has nearly the same number of a step's images."""
+        n, size = self.processes.n, self.config.batch_size
+        steps = in_batches(order, size * self.config.accumulate_steps * n)
+        if len(steps) > 1 and len(steps[-1]) < 2 * n:
+            steps.pop()  # batch normalisation cannot train on one image; shuffling picks other ones next time
+        n_batches = [math.ceil(math.ceil(len(rows) / n) / size) for rows in steps]
+        return [
+            Step(rows, np.array_split(self.processes.share(rows), n_parts))
+            for rows, n_parts in zip(steps, n_batches, strict=True)
+        ]
+
+    def _report(self, on_step: OnStep, steps: list[Step]) -> None:
+        now_s = time.monotonic()
+        if not self.processes.is_first or now_s - self._reported_at_s < _REPORT_EVERY_S:
+            return
+        self._reported_at_s = now_s
+        course = self.course
+        n_shown = sum(len(step.rows) for step in steps[: course.step])
+        loss = float(course.sums[0]) * self.processes.n / n_shown
+        on_step(Position(self.seed, course.epoch, self.config.epochs, course.step, len(steps), loss))
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def _save_when_due(self, *, end_of_epoch: bool = False) -> None:
+        """Save after `save_every_s`, and at the end of an epoch unless epochs are so short that saving would rule."""
+        if self.state_file is None:
+            return
+        waited_s = time.monotonic() - self._saved_at_s
+        due = waited_s >= self.config.save_every_s or (end_of_epoch and waited_s * _SAVING_FRACTION >= self._saving_s)
+        if self.processes.agreed(due):
+            self._save(self._state())
+
+    def _save(self, state: State) -> None:
+        started_s = time.monotonic()
+        if self.state_file is not None and self.processes.is_first:
+            self.state_file.write(state)
+        self._saved_at_s = time.monotonic()
+        self._saving_s = self._saved_at_s - started_s
+
+    def _state(self) -> State:
+        if self.course.step:
+            self.course.spent_s = time.monotonic() - self._started_s
+        state = self.course.state()
+        # Each process goes on with an equal part of what all have summed up.
+        state.tensors["sums"] = self.processes.total(state.tensors["sums"].clone()) / self.processes.n
+        state.values["shuffle"] = self.shuffle.bit_generator.state
+        self.learner.put_state(state)
+        return state
+
+    def _save_finished(self) -> None:
+        if self.state_file is not None and self.processes.is_first:
+            self._save(self.course.state())
+        self.processes.wait()
+
+    def _require_an_epoch(self) -> None:
+        if self.course.kept_epoch == 0:
+            raise StepFailed(
+                f"Training, seed {self.seed}: the loss was no number in the first epoch; this seed has no network.",
+                remedy="Lower train.learning_rate or, with a fine-tuned backbone, train.backbone_learning_rate; "
+                "train.warmup_epochs=1 helps too.",
+            )
+
+    def _fitted(self) -> Fitted:
+        course, learner = self.course, self.learner
+        learner.model.load_state_dict(course.kept)
+        learner.backbone.module.cpu().eval().requires_grad_(False)
+        is_kept = [int(row["epoch"]) == course.kept_epoch for row in course.history]
         return Fitted(
             self.seed,
-            self.head.cpu().eval(),
-            self.backbone,
-            pd.DataFrame(history).assign(seed=self.seed, kept=[int(row["epoch"]) == epoch for row in history]),
-            epoch,
-            chosen["val_macro_f1"],
-            chosen["val_loss"],
+            learner.head.cpu().eval(),
+            learner.backbone,
+            pd.DataFrame(course.history).assign(seed=self.seed, kept=is_kept),
+            course.kept_epoch,
+            course.kept_row["val_macro_f1"],
+            course.kept_row["val_loss"],
+            course.diverged,
         )
-
-    def _train_epoch(self) -> dict[str, float]:
-        self.model.train()
-        order = self.shuffle.permutation(self.train_rows)
-        batches = in_batches(order, self.config.batch_size)
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()  # batch normalisation cannot train on one image; shuffling picks another one next time
-        sums = torch.zeros(len(Losses._fields), device=self.device)
-        for rows, inputs in zip(batches, self.inputs.batches(batches), strict=True):
-            terms = self._losses(inputs, rows)
-            self.optimiser.zero_grad(set_to_none=True)
-            self.scaler.scale(terms.total).backward()
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
-            sums += torch.stack(terms).detach() * len(rows)
-        return _named("train", sums / sum(map(len, batches)))
-
-    @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        self.model.eval()
-        if len(self.val_rows) == 0:
-            return {"val_macro_f1": float("nan"), "val_loss": float("nan")}
-        batches = in_batches(self.val_rows, _VALIDATION_BATCH)
-        sums = torch.zeros(len(Losses._fields), device=self.device)
-        predicted = []
-        for rows, inputs in zip(batches, self.inputs.batches(batches), strict=True):
-            output = self._forward(inputs)
-            predicted.append(output.class_logits.argmax(1).cpu().numpy())
-            sums += torch.stack(losses(output, self._targets(rows), self.loss_weights)) * len(rows)
-        y = self.targets.classes[torch.from_numpy(self.val_rows)].numpy()
-        confusion = confusion_matrix(y, np.concatenate(predicted), len(self.dataset.class_names))
-        means = _named("val", sums / len(self.val_rows))
-        return {"val_macro_f1": mean_defined(per_class(confusion).f1), **means}
-
-    def _losses(self, inputs: Tensor, rows: Rows) -> Losses:
-        return losses(self._forward(inputs), self._targets(rows), self.loss_weights)
-
-    def _forward(self, inputs: Tensor) -> NetworkOutput:
-        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
-            return self.model(inputs.to(self.device, non_blocking=True))
-
-    def _targets(self, rows: Rows) -> Targets:
-        return self.targets.take(torch.from_numpy(rows)).to(self.device)
-
-    def _loss_weights(self) -> LossWeights:
-        n_classes = len(self.dataset.class_names)
-        classes = torch.ones(n_classes)
-        if self.config.class_weights:
-            classes = balanced_class_weights(self.targets.classes[torch.from_numpy(self.train_rows)], n_classes)
-        return LossWeights(self.config.lambda_concept, self.config.lambda_neural, classes.to(self.device))
-
-    @torch.no_grad()
-    def _set_feature_scale(self) -> None:
-        """Mean and deviation of the training features, in one pass over batches."""
-        rows = self.train_rows
-        if not self.config.freeze_backbone:
-            rows = self.shuffle.permutation(rows)[:_N_STATISTICS_IMAGES]
-            self.backbone.module.to(self.device).eval()
-        n, total, squares = 0, torch.zeros(1), torch.zeros(1)
-        for inputs in self.inputs.batches(in_batches(rows, 32)):
-            features = inputs if self.config.freeze_backbone else self.backbone.module(inputs.to(self.device))
-            features = features.cpu().double()
-            n, total, squares = n + len(features), total + features.sum(0), squares + features.square().sum(0)
-        mean = total / n
-        self.head.standardise.fit(mean.float(), (squares / n - mean.square()).clamp(min=0).float())
-
-
-def _half_precision(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """Half type for the backbone: only when it is trained, on a GPU; bfloat16 where the GPU has it."""
-    if config.freeze_backbone or not config.mixed_precision or device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _rank(macro_f1: float, loss: float) -> tuple[float, float]:
-    # NaN (no validation images, or a diverged loss) is worse than everything.
-    return (float(np.nan_to_num(macro_f1, nan=-np.inf)), -float(np.nan_to_num(loss, nan=np.inf)))
-
-
-def _copy_of_state(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
-
-
-def _decayed(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices are decayed, biases and normalisation weights are not."""
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
-    ]
-
-
-def _named(split: str, terms: Tensor) -> dict[str, float]:
-    """`train_loss` or `val_loss` for the total, `train_concept_loss` and so on for its terms."""
-    names = [f"{split}_loss" if name == "total" else f"{split}_{name}_loss" for name in Losses._fields]
-    return dict(zip(names, terms.tolist(), strict=True))

@@ -6,6 +6,7 @@ A macro average runs over the classes (concepts) for which the metric is defined
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,30 @@ def concept_f1(c: Floats, mask: Bools, probabilities: Floats) -> Floats:
 def concept_accuracy(c: Floats, mask: Bools, probabilities: Floats) -> Floats:
     """(K,) fraction of usable cells on the right side of 0.5."""
     return _ratio((((c >= 0.5) == (probabilities >= 0.5)) & mask).sum(0), mask.sum(0))
+
+
+def attribute_macro_f1(c: Floats, mask: Bools, probabilities: Floats, attributes: Sequence[Sequence[int]]) -> Floats:
+    """Macro-F1 of each attribute over its values, as studies of attributes report it.
+
+    An attribute is the columns of values that exclude one another: the most probable one is what is said, judged on
+    images for which exactly one is true and all are known. An attribute of one column has the values present and
+    absent. Values that never occur are left out; NaN for an attribute without images.
+    """
+    found = []
+    for columns in attributes:
+        truth, said, usable = attribute_values(c[:, columns], mask[:, columns], probabilities[:, columns])
+        n_values = max(2, len(columns))
+        found.append(mean_defined(per_class(confusion_matrix(truth[usable], said[usable], n_values)).f1))
+    return np.array(found, dtype=np.float64)
+
+
+def attribute_values(c: Floats, mask: Bools, probabilities: Floats) -> tuple[Ints, Ints, Bools]:
+    """(N,) true value, said value and usability of one attribute, from the (N, V) columns of its values."""
+    hard = c >= 0.5
+    if c.shape[1] == 1:
+        return hard[:, 0].astype(np.int64), (probabilities[:, 0] >= 0.5).astype(np.int64), mask[:, 0]
+    usable = mask.all(1) & (hard.sum(1) == 1)
+    return hard.argmax(1).astype(np.int64), probabilities.argmax(1).astype(np.int64), usable
 
 
 def reliability(y: Ints, probabilities: Floats) -> Reliability:

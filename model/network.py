@@ -3,7 +3,7 @@
     f        = backbone(x)
     e_i, ĉ_i = concept encoder(f)
     ŷ        = fuzzy rule over (e, ĉ)
-    ỹ        = W_F · [f, e]                     the prediction that is reported
+    ỹ        = W_F · [f, e]                     the prediction that is reported; two other fusions can be chosen
 
 A *head* is everything after the backbone. Every system in `model/systems` is a head that returns the same
 `NetworkOutput`, so that one trainer and one protocol serve them all.
@@ -11,14 +11,16 @@ A *head* is everything after the backbone. Every system in `model/systems` is a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data_contracts.errors import InputRefused
 from model.concept_encoder import ConceptCode, ConceptEncoder, Intervention
-from model.config import TrainConfig
+from model.config import Fusion, TrainConfig
 from model.logic import Rule, reasoning_layer
 
 
@@ -36,6 +38,7 @@ class NetworkOutput(NamedTuple):
     class_logits: Tensor  # (B, C)  ỹ
     concepts: ConceptCode | None = None  # e, ĉ
     rule: Rule | None = None  # ŷ_neural and its terms
+    side_logits: Tensor | None = None  # (B, C) the part of ỹ that features add past the concepts, if ỹ is such a sum
 
 
 class Standardise(nn.Module):
@@ -87,14 +90,82 @@ class MedMICN(Head):
         self.dropout = nn.Dropout(config.dropout)
         self.concepts = ConceptEncoder(sizes.n_features, sizes.n_concepts, m)
         self.logic = reasoning_layer(sizes.n_classes, config)
-        self.fusion = nn.Linear(sizes.n_features + sizes.n_concepts * m, sizes.n_classes)  # W_F
+        self.fusion = FUSIONS[config.fusion](sizes, config)
 
     def forward(self, f: Tensor, intervention: Intervention | None = None) -> NetworkOutput:  # (B, F)
         """Fused class logits ỹ, concept logits and rule."""
         f = self.dropout(self.standardise(f))
         concepts = self.concepts(f, intervention)  # e (B, K, m), ĉ (B, K)
-        fused = self.fusion(torch.cat([f, concepts.embeddings.flatten(1)], dim=1))  # ỹ (B, C)
-        return NetworkOutput(fused, concepts, self.logic(concepts))
+        fused = self.fusion(f, concepts.embeddings.flatten(1))  # ỹ (B, C)
+        return NetworkOutput(fused.logits, concepts, self.logic(concepts), fused.side_logits)
+
+
+class Fused(NamedTuple):
+    """Class logits, and the part of them that passes the concepts by."""
+
+    logits: Tensor  # (B, C)
+    side_logits: Tensor | None  # (B, C)
+
+
+class Concatenation(nn.Module):
+    """ỹ = W_F · [f, e], the paper's: one linear layer that may read the features and leave the concepts alone."""
+
+    def __init__(self, sizes: Sizes, config: TrainConfig) -> None:
+        """Make the layer with random weights."""
+        super().__init__()
+        layer = nn.Linear(sizes.n_features + sizes.n_concepts * config.embedding_size, sizes.n_classes)
+        self.weight, self.bias = layer.weight, layer.bias  # W_F
+
+    def forward(self, f: Tensor, e: Tensor) -> Fused:  # (B, F), (B, K·m)
+        """ỹ, and W_f · f, the features' part of it; the bias counts to neither."""
+        side = F.linear(f, self.weight[:, : f.shape[1]])
+        return Fused(side + F.linear(e, self.weight[:, f.shape[1] :], self.bias), side)
+
+
+class Bottleneck(nn.Module):
+    """ỹ = W · e: what is not in the concepts' embeddings cannot be used."""
+
+    def __init__(self, sizes: Sizes, config: TrainConfig) -> None:
+        """Make the layer with random weights."""
+        super().__init__()
+        layer = nn.Linear(sizes.n_concepts * config.embedding_size, sizes.n_classes)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, f: Tensor, e: Tensor) -> Fused:  # (B, F), (B, K·m)
+        """ỹ; nothing passes the concepts by."""
+        return Fused(F.linear(e, self.weight, self.bias), None)
+
+
+class Residual(nn.Module):
+    """ỹ = W_e · e + W_f · f, where W_f learns only what the concepts leave over.
+
+    In training each image is one of two kinds. Where the side channel is hidden, the concepts learn to decide alone.
+    Where it is shown, they count as given (no gradient), so that it fits their remaining errors, as in boosting.
+    """
+
+    def __init__(self, sizes: Sizes, config: TrainConfig) -> None:
+        """Make the layer; the side channel starts at 0."""
+        super().__init__()
+        self.side_dropout = config.side_dropout
+        self.classes = nn.Linear(sizes.n_concepts * config.embedding_size, sizes.n_classes)
+        self.side = nn.Linear(sizes.n_features, sizes.n_classes, bias=False)
+        nn.init.zeros_(self.side.weight)
+
+    def forward(self, f: Tensor, e: Tensor) -> Fused:  # (B, F), (B, K·m)
+        """ỹ, and the side channel's part of it."""
+        explained, side = self.classes(e), self.side(f.detach())
+        if not self.training:
+            return Fused(explained + side, side)
+        hidden = torch.rand(len(f), 1, device=f.device) < self.side_dropout
+        return Fused(torch.where(hidden, explained, explained.detach() + side), torch.where(hidden, 0, side))
+
+
+FUSIONS: dict[Fusion, Callable[[Sizes, TrainConfig], Concatenation | Bottleneck | Residual]] = {
+    "concat": Concatenation,
+    "bottleneck": Bottleneck,
+    "residual": Residual,
+}
+"""What reads features (B, F) and flattened embeddings (B, K·m), and gives class logits."""
 
 
 def require_concepts(sizes: Sizes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from model.data import Inputs, Rows, in_batches
 from model.network import NetworkOutput
+
+Floats = npt.NDArray[np.float32]
 
 
 class Outputs(NamedTuple):
@@ -44,14 +46,72 @@ class Outputs(NamedTuple):
         return self.rule_truth.shape[1] > 0
 
 
+class Side(NamedTuple):
+    """Class logits ỹ of N images, and the part of them that features add past the concepts."""
+
+    logits: Floats
+    """(N, C)"""
+    side_logits: Floats
+    """(N, C)"""
+
+    @property
+    def share(self) -> float:
+        """Part of the variation of ỹ over classes and images that comes past the concepts.
+
+        cov(side, ỹ) / var(ỹ), of logits less their mean over classes and less each class's mean over images. The
+        concepts' share is the rest; a share is below 0 or above 1 where the two parts work against each other.
+        """
+        total, side = (_contrasts(part) for part in self)
+        variation = float((total * total).sum())
+        return float((side * total).sum()) / variation if variation > 0 else float("nan")
+
+    @property
+    def concepts_predict(self) -> npt.NDArray[np.int64]:
+        """(N,) the class that is said without the side channel."""
+        return (self.logits - self.side_logits).argmax(1).astype(np.int64)
+
+
 def collect(model: nn.Module, inputs: Inputs, rows: Rows, device: torch.device) -> Outputs:
-    """Outputs for these rows, in evaluation mode, batch by batch."""
-    model = model.to(device).eval()
+    """Outputs for these rows, in evaluation mode, batch by batch; the model is then on the CPU."""
+    return collect_with_side(model, inputs, rows, device)[0]
+
+
+def collect_with_side(
+    model: nn.Module, inputs: Inputs, rows: Rows, device: torch.device, *, keep_device: bool = False
+) -> tuple[Outputs, Side | None]:
+    """`collect`, and what passes the concepts by, for systems that can tell; `keep_device` while it is trained."""
     shown = rows if len(rows) else np.zeros(1, np.int64)  # an empty split still has sizes; its one row is cut off
-    with torch.inference_mode():
-        parts = [as_arrays(model(batch.to(device))) for batch in inputs.batches(in_batches(shown, 64))]
+    parts: list[Outputs] = []
+    sides: list[Side] = []
+    for output in forwarded(model.to(device), inputs, shown, device):
+        parts.append(as_arrays(output))
+        if output.side_logits is not None:
+            sides.append(Side(*(part.float().cpu().numpy() for part in (output.class_logits, output.side_logits))))
+    if not keep_device:
+        model.cpu()
+    n = len(rows)
+    outputs = Outputs(*(np.concatenate(arrays)[:n] for arrays in zip(*parts, strict=True)))
+    return outputs, Side(*(np.concatenate(arrays)[:n] for arrays in zip(*sides, strict=True))) if sides else None
+
+
+def embeddings_of(model: nn.Module, inputs: Inputs, rows: Rows, device: torch.device) -> Floats:
+    """(N, K, m) concept embeddings of these rows, in evaluation mode; the model is then on the CPU."""
+    parts = [
+        output.concepts.embeddings.float().cpu().numpy()
+        for output in forwarded(model.to(device), inputs, rows, device)
+        if output.concepts is not None
+    ]
     model.cpu()
-    return Outputs(*(np.concatenate(arrays)[: len(rows)] for arrays in zip(*parts, strict=True)))
+    return np.concatenate(parts)
+
+
+def forwarded(model: nn.Module, inputs: Inputs, rows: Rows, device: torch.device) -> Iterator[NetworkOutput]:
+    """The network's output for these rows, in evaluation mode, batch by batch; the model stays where it is."""
+    model.eval()
+    for batch in inputs.batches(in_batches(rows, 64)):
+        with torch.inference_mode():
+            output = model(batch.to(device))
+        yield output
 
 
 def as_arrays(output: NetworkOutput) -> Outputs:
@@ -64,3 +124,9 @@ def as_arrays(output: NetworkOutput) -> Outputs:
         rule = (output.rule.polarity, output.rule.relevance, output.rule.truth)
     parts: Sequence[Tensor] = (logits.softmax(1), concepts, *rule)
     return Outputs(*(part.float().cpu().numpy() for part in parts))
+
+
+def _contrasts(logits: Floats) -> npt.NDArray[np.float64]:
+    """(N, C) logits less their mean over classes, which decides nothing, and less each class's mean over images."""
+    within = logits.astype(np.float64) - logits.mean(1, keepdims=True, dtype=np.float64)
+    return within - within.mean(0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from data_contracts.concepts import Vocabulary
+from data_contracts.errors import InputRefused
 from data_contracts.ports import Pixels
 from model.backbones import Backbone
+from model.calibration import Calibration
 from model.config import TrainConfig
 from model.devices import resolve_device
 from model.explain.rules import image_rule_holds, image_terms, literals_of, rule_text
@@ -19,6 +22,7 @@ from model.fit import TrainedRun
 from model.loop import Fitted
 from model.network import Head, ImageNetwork
 from model.outputs import Outputs, as_arrays
+from model.reject import Reject
 
 Map = npt.NDArray[np.float32]
 """(H, W) of the image it belongs to, 0 to 1."""
@@ -55,6 +59,7 @@ class Prediction:
 
     class_name: str
     class_probabilities: dict[str, float]
+    """Calibrated, where the model has a calibration."""
     concept_probabilities: dict[str, float]
     """By concept id."""
     rule: ImageRule | None
@@ -62,6 +67,13 @@ class Prediction:
     """What in the image speaks for the class."""
     concept_maps: dict[str, Map] = field(default_factory=dict)
     """By concept id: what speaks for each of the rule's leading concepts."""
+    rejected: str | None = None
+    """Why the class should not be relied on, where a reject option says so."""
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the class that is said."""
+        return self.class_probabilities[self.class_name]
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,8 @@ class Classifier:
     config: TrainConfig
     seed: int
     device: torch.device
+    calibration: Calibration | None = None
+    """Fitted on validation images; None leaves probabilities as the network gives them."""
 
     @classmethod
     def of(cls, run: TrainedRun, fitted: Fitted | None = None, device: str = "cpu") -> Classifier:
@@ -95,28 +109,51 @@ class Classifier:
         """Images to output, on the classifier's device, in evaluation mode."""
         return ImageNetwork(self.backbone.module, self.network).to(self.device).eval()
 
+    @cached_property
+    def has_concepts(self) -> bool:
+        """Whether the system predicts concepts."""
+        where = next(self.network.parameters()).device
+        with torch.inference_mode():
+            return self.network.eval()(torch.zeros(1, self.backbone.n_features, device=where)).concepts is not None
+
     def outputs(self, images: Sequence[Pixels]) -> Outputs:
-        """Arrays for a batch of (H, W, 3) images of any sizes."""
+        """Arrays for a batch of (H, W, 3) images of any sizes, class probabilities calibrated."""
         batch = torch.stack([self.backbone.preprocess(pixels) for pixels in images])
         with torch.inference_mode():
-            return as_arrays(self.image_network(batch.to(self.device)))
+            return self.calibrated(as_arrays(self.image_network(batch.to(self.device))))
 
-    def predict(self, images: Sequence[Pixels], *, maps: bool = False, n_concept_maps: int = 3) -> list[Prediction]:
-        """One prediction an image; with `maps`, the class's map and those of the rule's leading present concepts."""
+    def calibrated(self, outputs: Outputs) -> Outputs:
+        """The outputs with class probabilities at the fitted temperature; the class that is said stays the same."""
+        if self.calibration is None:
+            return outputs
+        return outputs._replace(class_probabilities=self.calibration(outputs.class_probabilities))
+
+    def predict(
+        self,
+        images: Sequence[Pixels],
+        *,
+        maps: bool = False,
+        n_concept_maps: int = 3,
+        map_method: str | None = None,
+        reject: Reject | None = None,
+    ) -> list[Prediction]:
+        """One prediction an image; with `maps`, the class's map and those of the rule's leading present concepts.
+
+        All images are one batch. With `reject`, predictions below its confidence say why they should not be relied on.
+        Raises `InputRefused` where the network's output is not finite.
+        """
         if not images:
             return []
         outputs = self.outputs(images)
-        predictions = [self._prediction(outputs, n) for n in range(len(images))]
+        _require_finite(outputs)
+        predictions = [self._prediction(outputs, n, reject) for n in range(len(images))]
         if not maps:
             return predictions
-        from model.explain.saliency import with_maps  # noqa: PLC0415 - grad-cam takes seconds to import
+        from model.explain.saliency import DEFAULT_METHOD, with_maps  # noqa: PLC0415 - grad-cam takes seconds to import
 
-        return [
-            with_maps(self, pixels, prediction, n_concept_maps)
-            for pixels, prediction in zip(images, predictions, strict=True)
-        ]
+        return with_maps(self, images, predictions, n_concept_maps, map_method or DEFAULT_METHOD)
 
-    def _prediction(self, outputs: Outputs, n: int) -> Prediction:
+    def _prediction(self, outputs: Outputs, n: int, reject: Reject | None) -> Prediction:
         predicted = int(outputs.predicted[n])
         concepts = outputs.concept_probabilities[n]
         return Prediction(
@@ -124,6 +161,7 @@ class Classifier:
             dict(zip(self.class_names, outputs.class_probabilities[n].tolist(), strict=True)),
             dict(zip(self.vocabulary.ids[: len(concepts)], concepts.tolist(), strict=True)),
             self._rule(Outputs(*(part[n : n + 1] for part in outputs)), predicted) if outputs.has_rules else None,
+            rejected=reject.says(float(outputs.class_probabilities[n, predicted])) if reject else None,
         )
 
     def _rule(self, one: Outputs, predicted: int) -> ImageRule:
@@ -135,3 +173,11 @@ class Classifier:
         )
         text = rule_text(self.class_names[predicted], [(t.name, t.present) for t in terms])
         return ImageRule(text, terms, bool(image_rule_holds(one, asked)[0]), float(one.rule_truth[0, predicted]))
+
+
+def _require_finite(outputs: Outputs) -> None:
+    if not np.isfinite(outputs.class_probabilities).all():
+        raise InputRefused(
+            "prediction: expected finite probabilities, the network gave NaN; nothing was predicted.",
+            remedy="The model's weights are not finite: train again, with a lower train.learning_rate.",
+        )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_contracts.errors import SourceRefused
-from data_contracts.spreadsheet import unshielded
 from data_contracts.tables import State
+from pipeline.sheet import rows_of, text_of
 from pipeline.wording import some
 
 ROLES: Mapping[str, tuple[str, ...]] = {
@@ -74,14 +73,10 @@ class Table:
 
 def read_table(path: Path) -> Table:
     """A CSV file whatever its byte-order mark, line ends, encoding or separator; raises `SourceRefused`."""
-    text = _text_of(path)
-    header = text.lstrip("\n").partition("\n")[0]
-    separator = max(",;\t", key=header.count)
     try:
-        lines = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), start=1))
+        lines = rows_of(_text_of(path))
     except csv.Error as error:
         raise _refused(path, f"expected a CSV file, got one that breaks off ({error})") from error
-    lines = [(number, line) for number, line in lines if any(line)]
     columns = [name.strip() for name in lines[0][1]] if lines else []
     repeated = sorted({name for name in columns if name and columns.count(name) > 1})
     if repeated:
@@ -94,8 +89,7 @@ def read_table(path: Path) -> Table:
 
 
 def _row(columns: list[str], line: list[str]) -> Row:
-    cells = (unshielded(cell) for cell in (*line, *[""] * len(columns)))
-    return dict(zip(columns, cells, strict=False))
+    return dict(zip(columns, (*line, *[""] * len(columns)), strict=False))
 
 
 def concept_columns(table: Table, used: Iterable[str | None]) -> tuple[list[str], list[str]]:
@@ -125,13 +119,7 @@ def _text_of(path: Path) -> str:
         raise SourceRefused(
             f"{path.name}: could not be read ({error.strerror}).", remedy="Check its permissions."
         ) from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        text = data.decode("utf-16", errors="replace")
-    else:
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = data.decode("cp1252", errors="replace")  # what Excel writes on Windows
+    text = text_of(data)
     if "\0" in text:
         raise _refused(path, "expected a CSV file, got binary data")
     return text.replace("\r\n", "\n").replace("\r", "\n")

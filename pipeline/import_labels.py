@@ -36,6 +36,8 @@ IMAGE_COLUMNS = ("image_id", "path", "file", "filename", "image")
 """Columns that can say which image a row is about."""
 _OTHER_COLUMNS = frozenset(
     {"label", "split", "group_id", "patient_id", "frame", "comment", "comments", "note", "notes"}
+    # What Label Studio adds to the columns of its CSV export
+    | {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"}
 )
 _SAYS_NOTHING = frozenset({"", "nan", "na", "n/a"})
 _EXPECTED = "1, 0, present, absent, uncertain, not_assessed or nothing"

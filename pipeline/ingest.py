@@ -81,7 +81,8 @@ def ingest(
     memory = _Memory(known, options.max_pixels)
     rows: list[Row] = []
     n_reused = 0
-    for found, reused in _in_order(listing.entries, lambda e: _rows_of(listing.root, e, options, memory), options):
+    entries = [entry for entry in listing.entries if entry.path not in options.held]
+    for found, reused in _in_order(entries, lambda e: _rows_of(listing.root, e, options, memory), options):
         rows += found
         n_reused += reused
         advance(1)

@@ -30,3 +30,5 @@ class IngestOptions:
     """Files decoded at a time; None: one a core, at most 8."""
     exclude: tuple[Path, ...] = ()
     """Folders inside SOURCE that are not part of it, such as the run folder."""
+    held: frozenset[str] = frozenset()
+    """Files (as `paths.table_path` writes them) that are still being written: not looked at this time."""

@@ -37,7 +37,10 @@ def read_sheet(path: Path) -> Sheet:
         InputRefused: the file cannot be read, or holds no row.
         ContractViolation: header cells repeat or are empty, or rows are wider than the header.
     """
-    lines = _rows(_text(_bytes(path)), path)
+    try:
+        lines = [(number, [cell.strip() for cell in cells]) for number, cells in rows_of(text_of(_bytes(path)))]
+    except csv.Error as error:
+        raise InputRefused(f"{path.name}: expected CSV, got: {error}; nothing was imported.") from error
     if len(lines) < 2:
         found = "only a header" if lines else "nothing"
         raise InputRefused(f"{path.name}: expected a header and at least one row, found {found}; nothing was imported.")
@@ -61,30 +64,30 @@ def _bytes(path: Path) -> bytes:
         raise InputRefused(f"{path}: could not be read ({error.strerror}); nothing was imported.") from error
 
 
-def _text(data: bytes) -> str:
-    """The bytes as text: what their byte-order mark says, else UTF-8, else Windows-1252."""
+def text_of(data: bytes) -> str:
+    """The bytes of a CSV as text: what their byte-order mark says, else UTF-8, else Windows-1252."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", errors="replace")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return data.decode("cp1252", errors="replace")
+        return data.decode("cp1252", errors="replace")  # what Excel writes on Windows
 
 
-def _rows(text: str, path: Path) -> list[tuple[int, list[str]]]:
-    """Non-empty rows with their numbers."""
+def rows_of(text: str) -> list[tuple[int, list[str]]]:
+    """Rows that are not empty, with the number that a spreadsheet shows, cells without the shield of `harmless`.
+
+    The separator is the one that a `sep=` line declares, else the most frequent one of the header. Raises `csv.Error`
+    where a quoted cell never ends.
+    """
     declared = re.match(r'"?sep=(.)"?\r?\n', text)
     if declared:
         text = text[declared.end() :]
-    first_line = re.sub(r'"[^"]*"', "", text.lstrip("\r\n").partition("\n")[0])
-    delimiter = declared[1] if declared else max(_DELIMITERS, key=first_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    offset = 2 if declared else 1
-    try:
-        numbered = [(i, [unshielded(cell.strip()) for cell in cells]) for i, cells in enumerate(reader, offset)]
-    except csv.Error as error:
-        raise InputRefused(f"{path.name}: expected CSV, got: {error} (line {reader.line_num}).") from error
-    return [(number, cells) for number, cells in numbered if any(cells)]
+    header = re.sub(r'"[^"]*"', "", text.lstrip("\r\n").partition("\n")[0])
+    delimiter = declared[1] if declared else max(_DELIMITERS, key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    numbered = [(i, [unshielded(cell) for cell in cells]) for i, cells in enumerate(reader, 2 if declared else 1)]
+    return [(number, cells) for number, cells in numbered if any(cell.strip() for cell in cells)]
 
 
 def _header_faults(header: list[str]) -> list[str]:

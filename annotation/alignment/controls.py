@@ -8,7 +8,6 @@ read texts, so its nulls are texts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +18,12 @@ from scipy.special import softmax
 from torch.nn import functional as F
 
 from annotation.alignment.adapt import CrossFit, cross_fit, principal_directions
-from annotation.alignment.align import cell_source, concept_texts, concept_wordings, fit_data, folds_of
-from annotation.alignment.nulls import NEGATION, NULL_PROMPTS, Null, NullKind
-from annotation.alignment.options import AlignOptions
+from annotation.alignment.heads import FitData, concept_texts, concept_wordings, fit_data
+from annotation.alignment.inputs import AlignmentInputs
+from annotation.alignment.nulls import NEGATION, NULL_PROMPTS, Null, NullKind, beside, dealt
 from annotation.alignment.source import CellSource
-from annotation.votes import Votes, training_votes
+from annotation.votes import Votes
 from data_contracts.concepts import Vocabulary
-from data_contracts.ports import PixelReader
 
 Array = npt.NDArray[np.float64]
 
@@ -61,41 +59,31 @@ class Controls(NamedTuple):
         )
 
 
-def controls(
-    image_ids: Sequence[str],
-    read: PixelReader,
-    vocabulary: Vocabulary,
-    judgements: pd.DataFrame,
-    options: AlignOptions,
-    *,
-    groups: Mapping[str, str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    cache_dir: Path,
-) -> Controls:
+def controls(inputs: AlignmentInputs, *, labels: Mapping[str, str] | None = None) -> Controls:
     """Scores and controls of at most `options.max_fit_images` judged images.
 
-    After `align` with the same arguments no image is read again, and the scores are those it gave.
+    After `align` with the same inputs no image is read again, and the scores are those it gave.
 
     Args:
-        image_ids: As given to `align`: folds depend on it only through each image's own id or group.
-        read: Gives the pixels of an image.
-        vocabulary: The concepts and their order.
-        judgements: The ledger, without what people said of test images.
-        options: As given to `align`.
-        groups: Image id → patient.
+        inputs: As given to `align`.
         labels: Image id → class, of train and val only; without them there is no class control.
-        cache_dir: Where cell features are kept.
 
     Raises:
         ConfigurationError: Nothing was judged.
     """
-    source = cell_source(read, options, cache_dir)
-    folds = folds_of(image_ids, groups, options)
-    if options.adapts:
-        ids, features, votes = fit_data(image_ids, vocabulary, judgements, source)
-        at = np.array([folds[i] for i in ids], np.int64)
-        return fitted_controls(ids, features, votes, at, options.n_folds, labels=labels, seed=options.seed)
-    return _text_controls(image_ids, vocabulary, judgements, source, labels or {})
+    source, options = inputs.source(), inputs.options
+    found = fit_data(inputs, source)
+    if not options.adapts:
+        return _text_controls(inputs.vocabulary, found, source, labels or {})
+    return fitted_controls(
+        found.image_ids,
+        found.features,
+        found.votes,
+        found.folds,
+        options.n_folds,
+        labels=labels,
+        seed=options.seed,
+    )
 
 
 def fitted_controls(
@@ -117,16 +105,16 @@ def fitted_controls(
     own = cross_fit(reduced, votes, folds, n_folds).held_out
     answers = _answers(votes)
     rng = np.random.default_rng(seed)
-    dealt = [_dealt(votes, rng) for _ in range(n_permutations)]
+    others = [dealt(votes, rng) for _ in range(n_permutations)]
     # Heads of related concepts rightly predict each other, so here other concepts' scores are for information.
     nulls = _shuffled(own, decides=False)
-    if dealt:
+    if others:
         # Fitted beside the real columns: how freely all are fitted decides how far chance can go.
         n_concepts = own.shape[1]
         scores = np.stack(
-            [cross_fit(reduced, _beside(votes, v), folds, n_folds).held_out[:, n_concepts:] for v in dealt]
+            [cross_fit(reduced, beside(votes, v), folds, n_folds).held_out[:, n_concepts:] for v in others]
         )
-        said = np.stack([_answers(v) for v in dealt])
+        said = np.stack([_answers(v) for v in others])
         nulls.insert(0, Null(NullKind.PERMUTATION, scores, said, exchangeable=True))
     class_score = _class_scores(image_ids, reduced, answers, folds, n_folds, labels or {})
     if class_score is not None:
@@ -134,61 +122,42 @@ def fitted_controls(
     return Controls(list(image_ids), folds, answers, own, class_score, nulls)
 
 
-def _text_controls(
-    image_ids: Sequence[str],
-    vocabulary: Vocabulary,
-    judgements: pd.DataFrame,
-    source: CellSource,
-    labels: Mapping[str, str],
-) -> Controls:
+def _text_controls(vocabulary: Vocabulary, found: FitData, source: CellSource, labels: Mapping[str, str]) -> Controls:
     """Controls of a model that nothing was fitted to: other texts."""
     aligner = source.aligner
-    ids, mean_cells = _mean_unit_cells(image_ids, vocabulary, judgements, source)
-    votes = training_votes(judgements, ids, vocabulary)
+    mean_cells = _mean_unit_cells(found.image_ids, source)
     own = mean_cells @ aligner.embed_concepts(concept_wordings(vocabulary)).T.astype(np.float64)
     denied = mean_cells @ aligner.embed_text([NEGATION.format(t) for t in concept_texts(vocabulary)]).T
     empty = mean_cells @ aligner.embed_text(NULL_PROMPTS).T
     nulls = [Null(NullKind.NEGATION, denied[None]), *_shuffled(own, decides=True)]
     nulls += [Null(NullKind.NULL_PROMPT, np.broadcast_to(e[:, None], own.shape)[None]) for e in empty.T]
-    answers = _answers(votes)
+    answers = _answers(found.votes)
     names = sorted(set(labels.values()))
     class_score = None
     if len(names) > 1:
         looks = softmax(aligner.text_scale * (mean_cells @ aligner.embed_text(names).T), axis=1)
-        is_class = _one_hot(ids, labels, names)
+        is_class = _one_hot(found.image_ids, labels, names)
         class_score = looks @ _rates(answers, is_class)
         nulls.append(Null(NullKind.CLASS_NAME, class_score[None], decides=False))
-    return Controls(ids, np.zeros(len(ids), np.int64), answers, own, class_score, nulls)
+    # One head scored all images.
+    return Controls(found.image_ids, np.zeros(len(own), np.int64), answers, own, class_score, nulls)
 
 
-def _mean_unit_cells(
-    image_ids: Sequence[str], vocabulary: Vocabulary, judgements: pd.DataFrame, source: CellSource
-) -> tuple[list[str], Array]:
-    """Judged images and the (n, D) mean of their unit cells in the joint space."""
-    chosen, _, _ = fit_data(image_ids, vocabulary, judgements, source)
-    parts: list[tuple[list[str], Array]] = []
-    for ids, cells in source.shards(chosen):
+def _mean_unit_cells(image_ids: Sequence[str], source: CellSource) -> Array:
+    """(n, D) mean of each image's unit cells in the joint space."""
+    parts: dict[str, Array] = {}
+    for ids, cells in source.shards(image_ids):
         with torch.inference_mode():
             at = source.aligner.project(torch.from_numpy(cells).to(source.aligner.device).float())
-            parts.append((ids, F.normalize(at.flatten(1, 2), dim=-1).mean(1).double().cpu().numpy()))
-    return [i for ids, _ in parts for i in ids], np.concatenate([rows for _, rows in parts])
+            rows = F.normalize(at.flatten(1, 2), dim=-1).mean(1).double().cpu().numpy()
+        parts |= dict(zip(ids, rows, strict=True))
+    return np.stack([parts[image_id] for image_id in image_ids])
 
 
 def _answers(votes: Votes) -> Array:
     """(n, K) decided votes as 1 or 0; NaN elsewhere."""
     decided = (votes.weight == 1) & (votes.value != 0.5)
     return np.where(decided, votes.value > 0.5, np.nan)
-
-
-def _dealt(votes: Votes, rng: np.random.Generator) -> Votes:
-    """All judgements of an image given to another image: concepts keep what they have in common."""
-    order = rng.permutation(len(votes.value))
-    return Votes(votes.value[order], votes.weight[order])
-
-
-def _beside(votes: Votes, others: Votes) -> Votes:
-    """Both as columns of one table."""
-    return Votes(*(np.concatenate(pair, axis=1) for pair in zip(votes, others, strict=True)))
 
 
 def _shuffled(own: Array, *, decides: bool) -> list[Null]:

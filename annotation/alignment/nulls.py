@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from annotation.votes import Votes
+
 NULL_PROMPTS = ("an image", "a picture of something", "blorptic vantrule", "quibbet of the sarnile", "text on a page")
 """Prompts that name nothing visible in a medical image: the empty, the nonsensical and the irrelevant."""
 
@@ -45,3 +47,15 @@ class Null(NamedTuple):
     """Whether a concept that does not beat it fails; else it is only reported."""
     exchangeable: bool = False
     """Whether concepts differ by chance only here, so that all of them together are the null of each."""
+
+
+def dealt(votes: Votes, rng: np.random.Generator) -> Votes:
+    """All judgements of an image given to another image: concepts keep what they have in common."""
+    order = rng.permutation(len(votes.value))
+    return Votes(votes.value[order], votes.weight[order])
+
+
+def beside(votes: Votes, others: Votes) -> Votes:
+    """Both as columns of one table: what is fitted beside the real judgements is fitted as freely as they are."""
+    value = np.concatenate([votes.value, others.value], axis=1)
+    return Votes(value, np.concatenate([votes.weight, others.weight], axis=1))

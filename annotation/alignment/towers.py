@@ -55,6 +55,8 @@ class Aligner:
     """Cells are the values of the last attention (MaskCLIP) rather than its output."""
     tiling: Tiling | None = None
     """How large images are cut; None: every image is squashed into one."""
+    bfloat16: bool | None = None
+    """Whether the image tower works in bfloat16 (autocast); None: on a GPU only."""
 
     @cached_property
     def kind(self) -> TowerKind:
@@ -80,7 +82,7 @@ class Aligner:
         digest = hashlib.sha256(repr((_RESIZING, self.kind.name, self.size_px, self._mean_and_std)).encode())
         if self.tiling is not None:
             digest.update(repr(self.tiling).encode())
-        if self._on_gpu:
+        if self._is_half:
             digest.update(b"bfloat16")
         for key, tensor in sorted(self.model.visual.state_dict().items()):
             digest.update(key.encode())
@@ -108,9 +110,9 @@ class Aligner:
     def features(self, batch: npt.NDArray[np.uint8]) -> Features:
         """Cell features of (B, H, W, 3) preprocessed pixels, before the tower's last projection.
 
-        On a CUDA device the tower works in bfloat16 (autocast); what comes back is float32.
+        Where the tower works in bfloat16, what comes back is float32 all the same.
         """
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._on_gpu):
+        with torch.inference_mode(), torch.autocast(self._device_type, torch.bfloat16, enabled=self._is_half):
             found = self.kind.features(self.model.visual, self.normalised(batch))
         return Features(found.cells.float(), found.pooled.float())
 
@@ -137,8 +139,8 @@ class Aligner:
         """(B, H, W, 3) uint8 as the (B, 3, H, W) float tensor the model itself takes."""
         mean, std = self._mean_and_std
         # Permuted, not copied: the channels-last layout is also the faster one for convolutions.
-        images = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float()
-        return images.mul_(1 / (255 * std)).sub_(mean / std)
+        images = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
+        return images.mul(1 / (255 * std)).sub_(mean / std)
 
     def embed_concepts(self, wordings: Sequence[Sequence[str]]) -> npt.NDArray[np.float32]:
         """(n, D) unit rows: the unit rows of each concept's wordings (its name and synonyms), averaged."""
@@ -154,8 +156,12 @@ class Aligner:
         return 1.0 if scale is None else float(scale.exp())
 
     @property
-    def _on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
+    def _device_type(self) -> str:
+        return torch.device(self.device).type
+
+    @property
+    def _is_half(self) -> bool:
+        return self._device_type == "cuda" if self.bfloat16 is None else self.bfloat16
 
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ Answers = npt.NDArray[np.floating]
 
 FUSED = "fused"
 """Name under which the machine's fused labels stand beside witnesses."""
-_Z = float(norm.ppf(0.975))
+Z_95 = float(norm.ppf(0.975))
+"""Half the width of a 95 % interval in standard deviations."""
 _MUCH_APART = 0.3
 
 
@@ -184,9 +185,9 @@ def proportion(hits: float, total: float) -> Interval:
     """Hits / total with Wilson's interval; counts may be fractional (effective cells)."""
     if total <= 0:
         return UNDEFINED
-    share, z2 = hits / total, _Z**2
+    share, z2 = hits / total, Z_95**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    reach = _Z / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    reach = Z_95 / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     return Interval(float(share), float(max(centre - reach, 0)), float(min(centre + reach, 1)))
 
 
@@ -211,7 +212,7 @@ def kappa_interval(tp: float, fp: float, fn: float, tn: float) -> Interval:
     agreeing = (np.diag(p) * (1 - (rows + columns) * (1 - kappa)) ** 2).sum()
     crossed = (1 - kappa) ** 2 * (p[0, 1] * (columns[0] + rows[1]) ** 2 + p[1, 0] * (columns[1] + rows[0]) ** 2)
     variance = (agreeing + crossed - (kappa - expected * (1 - kappa)) ** 2) / (n * (1 - expected) ** 2)
-    reach = _Z * np.sqrt(max(variance, 0.0))
+    reach = Z_95 * np.sqrt(max(variance, 0.0))
     return Interval(kappa, float(max(kappa - reach, -1)), float(min(kappa + reach, 1)))
 
 
@@ -224,10 +225,15 @@ def auroc_interval(score: Answers, reference: Answers, weight: Answers | None = 
         return UNDEFINED
     area = float(roc_auc_score(true, score[both], sample_weight=weights))
     n_present, n_absent = _effective(weights[true]).sum(), _effective(weights[~true]).sum()
-    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
-    variance = area * (1 - area) + (n_present - 1) * (q1 - area**2) + (n_absent - 1) * (q2 - area**2)
-    reach = _Z * np.sqrt(max(variance, 0.0) / (n_present * n_absent))
+    reach = Z_95 * np.sqrt(max(hanley_mcneil_variance(area, n_present, n_absent), 0.0))
     return Interval(area, float(max(area - reach, 0)), float(min(area + reach, 1)))
+
+
+def hanley_mcneil_variance(area: float, n_present: float, n_absent: float) -> float:
+    """Sampling variance of an area under the ROC curve (Hanley and McNeil, 1982)."""
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = area * (1 - area) + (n_present - 1) * (q1 - area**2) + (n_absent - 1) * (q2 - area**2)
+    return float(spread / (n_present * n_absent))
 
 
 def _effective(weights: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

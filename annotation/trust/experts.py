@@ -9,10 +9,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import norm
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
-from annotation.trust.agreement import UNDEFINED, Interval
+from annotation.trust.agreement import UNDEFINED, Z_95, Interval
 from annotation.votes import latest
 from data_contracts.concepts import Vocabulary
 from data_contracts.tables import State, Witness
@@ -20,7 +19,6 @@ from data_contracts.tables import State, Witness
 Scale = Literal["linear", "quadratic"]
 Values = npt.NDArray[np.float64]
 
-_Z = float(norm.ppf(0.975))
 _N_BOOTSTRAP = 1000
 _DECIDED = {str(State.PRESENT): 1.0, str(State.ABSENT): 0.0}
 ALL_CONCEPTS = "(all)"
@@ -83,7 +81,7 @@ def cohen_kappa(first: Values, second: Values, *, weights: Scale | None = None) 
     margins = (credit @ columns)[:, None] + (rows @ credit)[None, :]
     spread = (p * (credit * (1 - expected) - margins * (1 - observed)) ** 2).sum()
     variance = spread - (observed * expected - 2 * expected + observed) ** 2
-    reach = _Z * np.sqrt(max(float(variance), 0.0) / len(first)) / (1 - expected) ** 2
+    reach = Z_95 * np.sqrt(max(float(variance), 0.0) / len(first)) / (1 - expected) ** 2
     return Interval(kappa, float(max(kappa - reach, -1)), float(min(kappa + reach, 1)))
 
 

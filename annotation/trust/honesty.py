@@ -21,6 +21,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from annotation.alignment.nulls import Null, NullKind
+from annotation.trust.agreement import Z_95
 from annotation.trust.pairs import Pairs, count_pairs
 
 COLUMNS = (
@@ -34,6 +35,7 @@ COLUMNS = (
     "difference_high",
     "decides",
     "verdict",
+    "n_needed",
 )
 """Of the table that `honesty_table` gives."""
 
@@ -124,7 +126,7 @@ def _z(pairs: Pairs) -> npt.NDArray[np.float64]:
     """(K,) distance of each area from 1/2 in standard deviations."""
     value, low, high = pairs.interval((1, 0)).T
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (value - 0.5) / ((high - low) / (2 * 1.959964))
+        return (value - 0.5) / ((high - low) / (2 * Z_95))
 
 
 def added(first: Counts, second: Counts) -> Counts:
@@ -184,6 +186,7 @@ def _rows(null: NullPairs, concept_ids: Sequence[str], options: HonestyOptions) 
             "difference_high": float(difference[k, 2]),
             "decides": null.decides,
             "verdict": str(_verdict(difference[k], options)),
+            "n_needed": _n_needed(difference[k], int(pairs.n[k]), options),
         }
         for k, concept_id in enumerate(concept_ids)
     ]
@@ -197,6 +200,43 @@ def _verdict(difference: npt.NDArray[np.float64], options: HonestyOptions) -> Ve
     return Verdict.FAILS if (high - low) / 2 <= options.max_reach else Verdict.TOO_FEW
 
 
+def _n_needed(difference: npt.NDArray[np.float64], n: int, options: HonestyOptions) -> float:
+    """Judged images after which the difference would be known well enough to tell, 0 where it is; NaN if unknown."""
+    _, low, high = difference
+    if not np.isfinite(high - low):
+        return float("nan")
+    if _verdict(difference, options) != Verdict.TOO_FEW:
+        return 0.0
+    return float(np.ceil(n * ((high - low) / (2 * options.max_reach)) ** 2))
+
+
+def untested(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Concept id → why nothing can be told of its honesty, and how many judged images it would take, in words."""
+    open_ones = table[table["decides"].astype(bool) & (table["verdict"] == Verdict.TOO_FEW)]
+    failed = set(table.loc[table["decides"].astype(bool) & (table["verdict"] == Verdict.FAILS), "concept_id"])
+    open_ones = open_ones[~open_ones["concept_id"].isin(failed)]
+    # The null that asks for the most images speaks; where no number can be told, that is the first thing to say.
+    first = open_ones.sort_values("n_needed", ascending=False, na_position="first", kind="stable")
+    rows = first.drop_duplicates("concept_id").to_dict("records")
+    return {str(row["concept_id"]): _untold(row, names or {}) for row in rows}
+
+
+def _untold(row: Mapping[str, object], names: Mapping[str, str]) -> str:
+    concept_id, n = str(row["concept_id"]), row["n"]
+    name = f"concept {names.get(concept_id, concept_id)!r}"
+    if np.isnan(float(str(row["n_needed"]))):
+        return (
+            f"{name}: its honesty could not be tested, because its {n} judged images do not hold both answers, or too "
+            "few of one; it labels untested."
+        )
+    reach = (float(str(row["difference_high"])) - float(str(row["difference_low"]))) / 2
+    return (
+        f"{name}: its honesty could not be tested; on {n} judged images the difference from what "
+        f"{_SAID[NullKind(str(row['null']))]} is known to "
+        f"± {reach:.2f} only. About {float(str(row['n_needed'])):.0f} judged images would tell; it labels untested."
+    )
+
+
 def _sentence(row: Mapping[str, object], names: Mapping[str, str]) -> str:
     concept_id = str(row["concept_id"])
     return (
@@ -205,61 +245,3 @@ def _sentence(row: Mapping[str, object], names: Mapping[str, str]) -> str:
         f"{row['null_auroc']:.2f} (difference {row['difference']:+.3f}, 95 % interval {row['difference_low']:+.3f} to "
         f"{row['difference_high']:+.3f}, {row['n']} images); it may not label."
     )
-
-
-# ---- where lesion masks or boxes are given -----------------------------------------------------------
-
-
-def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """(H, W) mask of a box (left, top, right, bottom) in pixels, right and bottom not included."""
-    mask = np.zeros(shape, bool)
-    left, top, right, bottom = box
-    mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
-    return mask
-
-
-def pointing_hit(heatmap: npt.NDArray[np.floating], mask: npt.NDArray[np.bool_]) -> float:
-    """Pointing game: 1 where the hottest cell (h, w) covers the (H, W) mask, 0 where it does not; NaN for no lesion.
-
-    A cell covers what its rectangle in the image touches. Among equally hot cells the share that hits counts, so that
-    a flat map is no hit by luck.
-    """
-    if not mask.any():
-        return float("nan")
-    return float((cell_coverage(mask, heatmap.shape) > 0)[heatmap == heatmap.max()].mean())
-
-
-def map_iou(heatmap: npt.NDArray[np.floating], mask: npt.NDArray[np.bool_], threshold: float | None = None) -> float:
-    """Intersection over union of the cells above `threshold` and the (H, W) mask, in area; NaN for no lesion.
-
-    Without a threshold the hottest cells of as much area as the mask has are taken: the same for every map, so that
-    maps on different scales, such as a concept's and its nulls', can be compared.
-    """
-    if not mask.any():
-        return float("nan")
-    covered = cell_coverage(mask, heatmap.shape).ravel()
-    values = heatmap.ravel()
-    if threshold is not None:
-        lit = (values > threshold).astype(np.float64)
-    else:
-        n_lit = max(round(float(covered.sum())), 1)
-        cut = np.sort(values)[-n_lit]
-        lit = (values > cut).astype(np.float64)
-        ties = values == cut
-        lit[ties] = (n_lit - lit.sum()) / ties.sum()  # a flat map lights every cell a little
-    intersection = float((lit * covered).sum())
-    return intersection / float(lit.sum() + covered.sum() - intersection)
-
-
-def cell_coverage(mask: npt.NDArray[np.bool_], grid: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """(h, w) share of each cell's rectangle that the (H, W) mask covers, exact for any sizes."""
-    height, width = grid
-    return _shares(height, mask.shape[0]) @ mask.astype(np.float64) @ _shares(width, mask.shape[1]).T
-
-
-def _shares(n_cells: int, n_px: int) -> npt.NDArray[np.float64]:
-    """(n_cells, n_px) share of each cell that each pixel is."""
-    edges = np.arange(n_cells + 1) * (n_px / n_cells)
-    starts = np.arange(n_px)
-    overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
-    return np.clip(overlap, 0, None) * (n_cells / n_px)

@@ -16,20 +16,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit
-from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from annotation.trust.agreement import UNDEFINED, Agreement, Interval, pabak_of
+from annotation.trust.agreement import UNDEFINED, Z_95, Agreement, Interval, hanley_mcneil_variance, pabak_of
 
 Floats = npt.NDArray[np.float64]
 
 PRIOR_CELLS = 1.25
 """Weight of the pooled prior on the expert's answer, in cells; chosen by measured coverage."""
 _PRIOR_CELLS_SAID = 1.0
-_LEAST_DESIGN_EFFECT = 0.05
+_UNSTRATIFIED_FREEDOM = 10.0
+"""Degrees of freedom at which the measured design effect counts as much as none at all: in a handful of cells all
+answers of a stratum may happen to be alike, which is no proof that strata leave nothing open."""
 _N_DRAWS = 2000
 _TINY = 1e-3
-_Z = float(norm.ppf(0.975))
 
 
 class Sample(NamedTuple):
@@ -56,6 +56,8 @@ class _Proportion(NamedTuple):
     n_effective: float
     designed: float
     plain: float
+    freedom: int
+    """Cells less their strata: how much is known of the variance by design."""
 
 
 def audited(samples: Sequence[Sample]) -> list[Agreement]:
@@ -100,12 +102,9 @@ def weighted_auroc(sample: Sample) -> Interval:
     n_present, n_absent = _kish(weight[true]), _kish(weight[~true])
     pairs = n_present * n_absent
     drawn_in = (area * pairs + 0.5) / (pairs + 1)
-    q1, q2 = drawn_in / (2 - drawn_in), 2 * drawn_in**2 / (1 + drawn_in)
-    variance = (
-        drawn_in * (1 - drawn_in) + (n_present - 1) * (q1 - drawn_in**2) + (n_absent - 1) * (q2 - drawn_in**2)
-    ) / pairs
+    variance = hanley_mcneil_variance(drawn_in, n_present, n_absent)
     open_fraction = float(np.average(sample.open_fraction[ranked], weights=weight))
-    reach = _Z * np.sqrt(max(variance * open_fraction, 0.0)) / (drawn_in * (1 - drawn_in))
+    reach = Z_95 * np.sqrt(max(variance * open_fraction, 0.0)) / (drawn_in * (1 - drawn_in))
     low, high = expit(logit(drawn_in) + np.array([-reach, reach]))
     return Interval(area, float(min(low, area)), float(max(high, area)))
 
@@ -148,14 +147,13 @@ def _posterior(
 
 
 def _pooled(samples: Sequence[Sample]) -> tuple[float, float, float]:
-    """The three proportions in the mean table of all concepts, each concept counting once; even where none is known."""
+    """The three proportions in the mean table of all concepts, each concept counting once.
+
+    One even table is among them: a few concepts that happen to agree everywhere must not make each other certain.
+    """
     tables = [np.asarray(weighted_table(s)) / s.weight.sum() for s in samples if s.weight.sum() > 0]
-    tp, fp, fn, tn = np.mean(tables, axis=0) if tables else np.full(4, 0.25)
-    return (
-        float(tp + fp),
-        float(tp / (tp + fp)) if tp + fp > 0 else 0.5,
-        float(fn / (fn + tn)) if fn + tn > 0 else 0.5,
-    )
+    tp, fp, fn, tn = np.mean([*tables, np.full(4, 0.25)], axis=0)
+    return float(tp + fp), float(tp / (tp + fp)), float(fn / (fn + tn))
 
 
 def _proportions(sample: Sample, prior: tuple[float, ...]) -> tuple[_Proportion, ...]:
@@ -171,14 +169,15 @@ def _proportion(
     weight = np.where(domain, sample.weight, 0.0)
     total = weight.sum()
     if total <= 0:
-        return _Proportion(expected, 0.0, 0.0, 0.0)
+        return _Proportion(expected, 0.0, 0.0, 0.0, 0)
     # Where everything was asked nothing is left open: as if there were endless cells.
     open_fraction = max(float((weight * sample.open_fraction).sum() / total), 1e-6)
     n = _kish(weight[domain]) / open_fraction
     share = float(weight[hit].sum() / total)
     smooth = (share * n + expected) / (n + 1)
     residual = weight * (hit - smooth) / total
-    return _Proportion(share, n, _stratified_variance(residual, sample), smooth * (1 - smooth) / n)
+    freedom = int(domain.sum()) - len(np.unique(sample.stratum[domain]))
+    return _Proportion(share, n, _stratified_variance(residual, sample), smooth * (1 - smooth) / n, freedom)
 
 
 def _stratified_variance(residual: Floats, sample: Sample) -> float:
@@ -193,10 +192,12 @@ def _stratified_variance(residual: Floats, sample: Sample) -> float:
 
 
 def _design_effect(parts: Sequence[_Proportion]) -> float:
-    """Variance by design over variance as if unstratified, pooled over concepts, each by its cells."""
+    """Variance by design over variance as if unstratified, pooled over concepts, each by its cells, drawn towards 1."""
     designed = sum(p.designed * p.n_effective for p in parts)
     plain = sum(p.plain * p.n_effective for p in parts)
-    return max(designed / plain, _LEAST_DESIGN_EFFECT) if plain > 0 else 1.0
+    freedom = sum(p.freedom for p in parts)
+    found = designed / plain if plain > 0 else 1.0
+    return (freedom * found + _UNSTRATIFIED_FREEDOM) / (freedom + _UNSTRATIFIED_FREEDOM)
 
 
 def _interval(value: float, draws: Floats) -> Interval:

@@ -29,10 +29,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from annotation.trust.thresholds import otsu_cut
+from annotation.trust.correction import MAX_FACTOR, pooled_correction
+from annotation.trust.cuts import otsu_cut
 
 Array = npt.NDArray[np.float64]
 
@@ -52,9 +52,6 @@ _DOUBT_COST = 2.0
 """Log-likelihood that two learned rates must gain on a concept (Akaike's price)."""
 TRUSTED_RATE = 0.98
 """Sensitivity and specificity of witnesses whose errors nothing shows."""
-_CORRECTION_COST = ((4.0, 1.0), (20.0, 2.0))
-"""What a change of a factor and of an offset costs: common to all concepts, and of one concept."""
-_MAX_FACTOR = 3.0
 MAX_SCORE_LOG_ODDS = 5.0
 """No score alone says more than this (odds of about 150 to 1)."""
 
@@ -204,32 +201,16 @@ def _chosen(first: npt.NDArray[np.bool_], model: LabelModel, other: LabelModel) 
 def _corrected(model: LabelModel, evidence: Evidence) -> LabelModel:
     """The model with the factors and offsets that make it agree with settled cells, drawn to leaving it as it is.
 
-    Errors that score and votes share show in these cells only. A concept has few of them, so that each concept's
-    factors are drawn to those of all.
+    Errors that score and votes share show in these cells only.
     """
     row, concept = np.nonzero(np.isfinite(evidence.decided))
     if not len(row):
         return model
+    truth = evidence.decided[row, concept].astype(np.float64)
     score, votes = model.parts(evidence)
-    parts = np.stack([score[row, concept], *votes[:, row, concept], np.ones(len(row))], 1)
-    truth = evidence.decided[row, concept]
-    n_concepts, n_parts = score.shape[1], parts.shape[1]
-    base = parts[:, :-1].sum(1)
-    common_cost, own_cost = (np.r_[np.full(n_parts - 1, slope), offset] for slope, offset in _CORRECTION_COST)
-
-    def cost(flat: Array) -> tuple[float, Array]:
-        common, own = flat[:n_parts], flat[n_parts:].reshape(n_concepts, n_parts)
-        log_odds = base + (parts * (common + own[concept])).sum(1)
-        loss = np.logaddexp(0, log_odds) - truth * log_odds
-        pull = parts * (expit(log_odds) - truth)[:, None]
-        gradient = np.zeros_like(own)
-        np.add.at(gradient, concept, pull)
-        total = loss.sum() + (common_cost * common**2).sum() / 2 + (own_cost * own**2).sum() / 2
-        return total, np.r_[pull.sum(0) + common_cost * common, (gradient + own_cost * own).ravel()]
-
-    found = minimize(cost, np.zeros(n_parts * (n_concepts + 1)), jac=True, method="L-BFGS-B").x
-    change = (found[:n_parts] + found[n_parts:].reshape(n_concepts, n_parts)).T
-    factors = np.clip(model.correction[:-1] + change[:-1], 0, _MAX_FACTOR)
+    parts = np.stack([score[row, concept], *votes[:, row, concept]], 1)
+    change = pooled_correction(parts, truth, concept, score.shape[1]).T
+    factors = np.clip(model.correction[:-1] + change[:-1], 0, MAX_FACTOR)
     return model._replace(correction=np.concatenate([factors, model.correction[-1:] + change[-1:]]))
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
+
+from annotation.trust.agreement import Z_95
 
 Array = npt.NDArray[np.float64]
-
-_Z = float(norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Pairs:
         gradient = np.where(np.repeat(np.array(sign) == 0, 2), 0.0, gradient)
         value = np.where(np.array(sign) == 0, 0.0, areas * sign).sum(1)
         deviation = np.sqrt(np.maximum(np.einsum("ki,kij,kj->k", gradient, self.moment, gradient), 0))
-        return np.stack([value, value - _Z * deviation, value + _Z * deviation], 1)
+        return np.stack([value, value - Z_95 * deviation, value + Z_95 * deviation], 1)
 
 
 def count_pairs(

@@ -1,9 +1,10 @@
 """Who may not label what, after the honesty and leak tests, and which concepts nobody is left for.
 
-A text that the untouched aligner does not follow says nothing against another witness: only the aligner falls silent.
-Where heads were fitted to judgements and beat no null, the judgements themselves do not follow the pixels, so every
-machine falls silent. A leak is the leaking witness's own, and that of heads that read nobody else. A concept stays as
-long as one witness is left that can label it; people count as one once they answered on enough images.
+A text that the untouched aligner does not follow says nothing against another witness: only the aligner falls silent,
+as it does where people marked regions and its map does not point into them. Where heads were fitted to judgements and
+beat no null, the judgements themselves do not follow the pixels, so every machine falls silent. A leak is the leaking
+witness's own, and that of heads that read nobody else. A concept stays as long as one witness is left that can label
+it; people count as one once they answered on enough images.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pandas as pd
 
 from annotation.trust.honesty import refusals
 from annotation.trust.leaks import leak_refusals
+from annotation.trust.localisation import misplaced
 from annotation.votes import latest
 from data_contracts.errors import DropReason
 from data_contracts.tables import ConceptStatus, State, Witness
@@ -33,6 +35,7 @@ def refused_witnesses(
     *,
     fitted: bool,
     names: Mapping[str, str] | None = None,
+    localisation: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """One row per witness (`alignment`, or `vlm:MODEL`) and concept it may not label; columns as `COLUMNS`.
 
@@ -42,6 +45,7 @@ def refused_witnesses(
         judgements: The ledger: who has answered what.
         fitted: Whether the aligner's heads were fitted to these judgements.
         names: Concept id → name, for the sentences.
+        localisation: From `localisation_table`, where people marked regions.
     """
     machines = _machines(judgements)
     found: list[tuple[str, str, str, str]] = []
@@ -54,6 +58,9 @@ def refused_witnesses(
     for concept_id, detail in refusals(honesty, names).items():
         silent = [str(Witness.ALIGNMENT), *(machines.get(concept_id, []) if fitted else [])]
         found += [(source, concept_id, DropReason.FAILS_NULL_TEST.value, detail) for source in silent]
+    # A map in the wrong place says nothing of those who answered without it.
+    for concept_id, detail in misplaced(localisation, names).items() if localisation is not None else ():
+        found.append((str(Witness.ALIGNMENT), concept_id, DropReason.FAILS_NULL_TEST.value, detail))
     return pd.DataFrame(found, columns=list(COLUMNS)).drop_duplicates(["source", "concept_id"], ignore_index=True)
 
 

@@ -1,18 +1,33 @@
-"""From scores to answers: a threshold per concept, with a band around it in which nothing is said."""
+"""From alignment scores to answers: a threshold per concept, with a band around it in which nothing is said."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
-from skimage.filters import threshold_otsu
 
-from annotation.votes import ImageIds, Votes, places, training_votes
-from data_contracts.concepts import Concept, Vocabulary
+from annotation.trust.cuts import PROBABILITY, SIMILARITY, Cuts, band, otsu_cut, score_columns
+from annotation.trust.expert_cells import CELL_COLUMNS
+from annotation.trust.fitted_cuts import (
+    AUDITED,
+    Asked,
+    CellScores,
+    Curve,
+    cell_scores,
+    fitted_cuts,
+    held_cuts,
+)
+from annotation.trust.gather import gather, voters_of
+from annotation.trust.label_model import LabelModel, fit_label_model
+from annotation.trust.sample import sample_shards
+from annotation.votes import alignment_scores, score_matrix
+from data_contracts.concepts import Vocabulary
 from data_contracts.errors import ConfigurationError
+from data_contracts.tables import Witness
 
 
 class ThresholdMethod(StrEnum):
@@ -20,133 +35,155 @@ class ThresholdMethod(StrEnum):
 
     FIXED = "fixed"
     OTSU = "otsu"
-    JUDGEMENTS = "judgements"
+    AGREEMENT = "agreement"
+    AUDITED = "audited"
 
 
 class ThresholdOptions(BaseModel):
-    """How similarities become answers."""
+    """How scores become answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: ThresholdMethod = ThresholdMethod.OTSU
-    """`fixed`: one number for all. `otsu`: per concept, between the two modes of its scores. `judgements`: per
-    concept, where alignment agrees best with what was judged (balanced accuracy); Otsu where too little was."""
+    """`fixed`: one number for all. `otsu`: per concept, between the two modes of its scores. `agreement`: where the
+    other witnesses, as reliable as the label model finds them, leave calls as right as asked. `audited`: the same,
+    corrected by what experts answered."""
     fixed: float | None = None
     """The number for `fixed`. It is a property of the model: 0.45 belongs to BioViL, not to yours."""
     abstain_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of images nearest to the threshold about which nothing is said."""
-    min_judged: int = Field(10, ge=2)
-    """Judged images of either answer that `judgements` asks for before it trusts them."""
+    """`fixed` and `otsu`: share of images nearest to the threshold about which nothing is said."""
+    min_precision: float = Field(0.9, gt=0.5, lt=1)
+    """`agreement` and `audited`: precision that answers of presence are to have."""
+    min_npv: float = Field(0.9, gt=0.5, lt=1)
+    """The same for answers of absence."""
+    max_fit_images: int = Field(5_000, ge=1)
+    """Images that the curves of `agreement` and `audited` are fitted on at most."""
+    seed: int = 0
+    """Decides which these are."""
 
 
 def fit_thresholds(
-    scores: pd.DataFrame, judgements: pd.DataFrame, options: ThresholdOptions, *, column: str = "similarity"
-) -> pd.DataFrame:
-    """One row a concept: concept_id, threshold, abstain_low, abstain_high, method (that was used), n (images).
+    judgements: pd.DataFrame,
+    alignment: pd.DataFrame | pa.Table | None,
+    vocabulary: Vocabulary,
+    options: ThresholdOptions | None = None,
+    *,
+    cells: pd.DataFrame | None = None,
+    learn_from: Collection[str] | None = None,
+) -> Cuts:
+    """Cuts and their quality, one row a concept that alignment scores; `method` is the one really used.
+
+    `fixed` and `otsu` cut the similarity, as the paper does; `agreement` and `audited` the fitted probability where
+    there is one. A concept that no other witness speaks of gets Otsu's cut.
 
     Args:
-        scores: image_id, concept_id and the score; only these images are used, so leave the test split out.
-        judgements: The ledger, for the method `judgements`.
-        options: Method and band.
-        column: The score's column.
+        judgements: The ledger.
+        alignment: ALIGNMENT columns, or None.
+        vocabulary: The concepts and their order.
+        options: Method and what calls must keep.
+        cells: `expert_cells`; without any, `audited` is `agreement`, and no precision is known.
+        learn_from: Images that cuts are fitted on: leave the test split out. All if None.
 
     Raises:
         ConfigurationError: `fixed` without a number.
     """
-    if options.method is ThresholdMethod.FIXED and options.fixed is None:
+    settings = options or ThresholdOptions()
+    if settings.method is ThresholdMethod.FIXED and settings.fixed is None:
         raise ConfigurationError(
             "thresholds: method 'fixed' expects a number in `fixed`, got none.",
             remedy="Set it for your model, or use the method 'otsu'.",
         )
-    return pd.DataFrame(
-        [
-            {"concept_id": concept_id, **_one(rows, judgements, options, column)}
-            for concept_id, rows in scores.groupby("concept_id", sort=False)
-        ],
-        columns=["concept_id", "threshold", "abstain_low", "abstain_high", "method", "n"],
-    )
+    audited = pd.DataFrame(columns=CELL_COLUMNS) if cells is None else cells
+    scores = alignment_scores(alignment)
+    if settings.method in (ThresholdMethod.FIXED, ThresholdMethod.OTSU):
+        own = scores if learn_from is None else scores[scores["image_id"].isin(list(learn_from))]
+        return _plain(own, scores, audited, vocabulary, settings)
+    return _by_curves(judgements, scores, audited, vocabulary, settings, learn_from)
 
 
-def threshold_votes(
+def _by_curves(
+    judgements: pd.DataFrame,
     scores: pd.DataFrame,
-    thresholds: pd.DataFrame,
-    image_ids: ImageIds,
+    cells: pd.DataFrame,
     vocabulary: Vocabulary,
-    *,
-    column: str = "similarity",
-) -> Votes:
-    """The paper's rule as votes: present above the threshold, absent below, silent inside the abstain band."""
-    shape = (len(image_ids), len(vocabulary))
-    votes = Votes(np.full(shape, 0.5, np.float32), np.zeros(shape, np.float32))
-    rows = scores.merge(thresholds, on="concept_id", how="inner")
-    row, place = places(rows, image_ids, vocabulary)
-    score = rows[column].to_numpy(np.float64)
-    inside = (score > rows["abstain_low"].to_numpy()) & (score < rows["abstain_high"].to_numpy())
-    known = (row >= 0) & (place >= 0) & np.isfinite(score)
-    votes.value[row[known], place[known]] = (score > rows["threshold"].to_numpy())[known]
-    votes.weight[row[known], place[known]] = ~inside[known]
-    return votes
-
-
-def _one(
-    rows: pd.DataFrame, judgements: pd.DataFrame, options: ThresholdOptions, column: str
-) -> dict[str, float | str | int]:
-    score = rows[column].to_numpy(np.float64)
-    threshold, method = _threshold(rows, score, judgements, options)
-    low, high = _band(score, threshold, options.abstain_fraction)
-    return {"threshold": threshold, "abstain_low": low, "abstain_high": high, "method": str(method), "n": len(score)}
-
-
-def _threshold(
-    rows: pd.DataFrame, score: npt.NDArray[np.float64], judgements: pd.DataFrame, options: ThresholdOptions
-) -> tuple[float, ThresholdMethod]:
-    if options.fixed is not None and options.method is ThresholdMethod.FIXED:
-        return options.fixed, ThresholdMethod.FIXED
-    if options.method is ThresholdMethod.JUDGEMENTS:
-        value, weight = _judged(rows, judgements)
-        if min((weight * value).sum(), (weight * (1 - value)).sum()) >= options.min_judged:
-            return best_cut(score, value, weight), ThresholdMethod.JUDGEMENTS
-    return otsu_cut(score), ThresholdMethod.OTSU
-
-
-def otsu_cut(score: npt.NDArray[np.floating]) -> float:
-    """Otsu's cut, moved midway between the two scores that it parts; the score itself when all are equal."""
-    if np.ptp(score) == 0:
-        return float(score[0])
-    # Between far modes every cut is as good, and Otsu names the first: the edge of the lower mode.
-    cut = threshold_otsu(score)
-    above = score > cut
-    return float((score[~above].max() + score[above].min()) / 2) if above.any() else float(cut)
-
-
-def best_cut(score: npt.NDArray[np.float64], value: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> float:
-    """The cut of greatest balanced accuracy against weighted soft answers, midway between two scores."""
-    order = np.argsort(score, kind="stable")
-    sorted_score = score[order]
-    present, absent = (weight * value)[order], (weight * (1 - value))[order]
-    # After the i-th score: presences above count as found, absences up to it as rejected.
-    gain = absent.cumsum() / absent.sum() - present.cumsum() / present.sum()
-    cuts = np.flatnonzero(np.diff(sorted_score) > 0)
-    if not len(cuts):
-        return float(sorted_score[0])
-    best = cuts[gain[cuts].argmax()]
-    return float((sorted_score[best] + sorted_score[best + 1]) / 2)
-
-
-def _judged(rows: pd.DataFrame, judgements: pd.DataFrame) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(value, weight) of the judgements of one concept, aligned with its score rows."""
-    concept_id = str(rows["concept_id"].iloc[0])
-    votes = training_votes(
-        judgements[judgements["concept_id"] == concept_id],
-        rows["image_id"].tolist(),
-        Vocabulary.of([Concept(concept_id, concept_id)]),
+    options: ThresholdOptions,
+    learn_from: Collection[str] | None,
+) -> Cuts:
+    machine = judgements[judgements["witness"] != Witness.EXPERT]
+    own, own_scores = sample_shards([(machine, scores)], options.max_fit_images, seed=options.seed, among=learn_from)
+    gathered = gather(own, own_scores, vocabulary, voters_of([own], None))
+    model = fit_label_model(gathered.evidence)
+    taught = (gathered.evidence.weight > 0).any((0, 1)) | np.isfinite(gathered.evidence.decided).any(0)
+    kinds = _kinds(scores, vocabulary)
+    curve = Curve(
+        score_columns(own_scores, kinds, gathered.image_ids, vocabulary), _log_odds(model, gathered.evidence.score)
     )
-    return votes.value[:, 0], votes.weight[:, 0]
+    method = pd.Series(np.where(taught, ThresholdMethod.AGREEMENT, ThresholdMethod.OTSU), vocabulary.ids)
+    known = cells if options.method is ThresholdMethod.AUDITED else cells.iloc[:0]
+    fitted = fitted_cuts(
+        curve,
+        _scored(known, scores, kinds, model, vocabulary),
+        vocabulary,
+        Asked(options.min_precision, options.min_npv),
+        score=kinds,
+        method=method,
+    )
+    # Nobody answered, so no curve: a score's slope would be an invention, and with it every promised precision.
+    bare = method.index[(method == ThresholdMethod.OTSU) & ~method.index.isin(_own(fitted))]
+    plain = _plain(own_scores, scores, cells, vocabulary, options.model_copy(update={"method": ThresholdMethod.OTSU}))
+    return fitted.of(method.index.difference(bare)).completed(plain.of(bare), vocabulary)
 
 
-def _band(score: npt.NDArray[np.float64], threshold: float, fraction: float) -> tuple[float, float]:
-    """(low, high) around the threshold that hold `fraction` of the scores, those nearest to it."""
-    if fraction <= 0:
-        return threshold, threshold
-    reach = float(np.quantile(np.abs(score - threshold), fraction))
-    return threshold - reach, threshold + reach
+def _own(cuts: Cuts) -> pd.Series:
+    """The concepts whose own cells decided."""
+    return cuts.table.loc[cuts.table["method"] == AUDITED, "concept_id"]
+
+
+def _plain(
+    own: pd.DataFrame, scores: pd.DataFrame, cells: pd.DataFrame, vocabulary: Vocabulary, options: ThresholdOptions
+) -> Cuts:
+    """Cuts of the similarity that no answer was looked at for."""
+    kinds = pd.Series(SIMILARITY, vocabulary.ids)
+    image_ids = np.asarray(pd.unique(own["image_id"]), object)
+    score = score_columns(own, kinds, image_ids, vocabulary)
+    limits = np.array([_plain_limits(column[np.isfinite(column)], options) for column in score.T]).reshape(-1, 3).T
+    return held_cuts(
+        Curve(score, np.full_like(score, np.nan)),
+        (limits[0], limits[1], limits[2]),
+        _scored(cells, scores, kinds, None, vocabulary),
+        vocabulary,
+        score=kinds,
+        method=pd.Series(str(options.method), vocabulary.ids),
+    )
+
+
+def _plain_limits(score: np.ndarray, options: ThresholdOptions) -> tuple[float, float, float]:
+    if not len(score):
+        return (float("nan"),) * 3
+    is_fixed = options.method is ThresholdMethod.FIXED and options.fixed is not None
+    cut = float(options.fixed) if is_fixed and options.fixed is not None else otsu_cut(score)
+    return cut, *band(score, cut, options.abstain_fraction)
+
+
+def _kinds(scores: pd.DataFrame, vocabulary: Vocabulary) -> pd.Series:
+    """Concept id → the column to cut: the probability where one was fitted."""
+    fitted = scores.loc[scores[PROBABILITY].notna(), "concept_id"].unique()
+    return pd.Series([PROBABILITY if c in set(fitted) else SIMILARITY for c in vocabulary.ids], vocabulary.ids)
+
+
+def _log_odds(model: LabelModel, score: np.ndarray) -> np.ndarray:
+    """(N, K) log-odds of presence by the score; NaN where there is none, or where it says the same of every image."""
+    says = np.isfinite(score) & (model.slope > 0)
+    return np.where(says, model.prior_log_odds(score), np.nan)
+
+
+def _scored(
+    cells: pd.DataFrame, scores: pd.DataFrame, kinds: pd.Series, model: LabelModel | None, vocabulary: Vocabulary
+) -> CellScores:
+    """The cells with the scores of their images, and the log-odds a model without experts gives them."""
+    image_ids = np.asarray(pd.unique(cells["image_id"]), object)
+    score = score_columns(scores, kinds, image_ids, vocabulary)
+    log_odds = score if model is None else _log_odds(model, score_matrix(scores, image_ids, vocabulary))
+    row = pd.Index(image_ids).get_indexer(cells["image_id"])
+    column = pd.Index(vocabulary.ids).get_indexer(cells["concept_id"])
+    return cell_scores(cells, vocabulary, score[row, column], log_odds[row, column])

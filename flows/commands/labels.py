@@ -6,11 +6,12 @@ import secrets
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from data_contracts.errors import ConfigurationError, ExitCode
+from flows.chain import Context
 from flows.commands.common import (
     OUTCOME,
     ConfigFlag,
@@ -24,6 +25,7 @@ from flows.commands.common import (
     flags_of,
     open_console,
 )
+from flows.settings import Scale, scale_of
 from flows.steps import draw_audit, image_reader, import_sheet, score_audit
 from flows.steps.corrections import AUDIT_DISPUTED_CSV, AUDIT_REJECTED_CSV
 
@@ -55,10 +57,11 @@ def review(
     """
     console = open_console(quiet=quiet, as_json=as_json)
     context = existing_context(run, config, {}, console)
+    from flows.review_ports import review_ports
     from pipeline.review.app import create_app
 
-    token = secrets.token_urlsafe(24)
-    app = create_app(context.run, image_reader(context), token, reviewer=reviewer)
+    token, read = secrets.token_urlsafe(24), image_reader(context)
+    app = create_app(context.run, read, token, reviewer=reviewer, ports=review_ports(context, read))
 
     def started(address: str) -> None:
         url = f"{address}/?token={token}"
@@ -72,7 +75,9 @@ def review(
 
 
 def import_labels(
-    file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="An edited labels.csv, or any sheet of concepts.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.csv", help="An edited labels.csv or concepts.csv, or any sheet of labels.")
+    ],
     given: Annotated[
         bool,
         typer.Option(
@@ -94,9 +99,13 @@ def import_labels(
     Examples:
       medmicn import-labels runs/skin/labels.csv --reviewer "Dr A"
       medmicn import-labels attributes.csv --given
+      medmicn import-labels runs/skin/concepts.csv
     """
     console = open_console(quiet=quiet, as_json=as_json)
     context = existing_context(run, config, {}, console)
+    if not given and _holds_concepts(file):
+        _import_concepts(context, file, yes=yes)
+        return
     if not given and not reviewer:
         raise ConfigurationError("import-labels: expected --reviewer NAME (or --given), got neither.")
     with context.run.lock():
@@ -109,6 +118,32 @@ def import_labels(
     console.say(f"{imported.n_changed} cells taken, {imported.n_unchanged} were so already.")
     console.say(f"next:    medmicn fuse --run {context.run.path}")
     OUTCOME.content["imported"] = {"changed": imported.n_changed, "unchanged": imported.n_unchanged}
+    finish([], context.run)
+
+
+def _holds_concepts(file: Path) -> bool:
+    from pipeline.import_concepts import is_concept_sheet
+
+    return file.is_file() and is_concept_sheet(file)
+
+
+def _import_concepts(context: Context, file: Path, *, yes: bool) -> None:
+    """An edited concepts.csv: differences and their cost first."""
+    from flows.steps.concept_sheet import read_concept_sheet
+
+    console = context.console
+    with context.run.lock():
+        sheet = read_concept_sheet(context, file)
+        for line in sheet.preview():
+            console.say(line)
+        if sheet.n_changed and not yes and not typer.confirm("Take these?", err=True):
+            raise typer.Exit(ExitCode.RESUMABLE)
+        if sheet.n_changed:
+            sheet.take()
+    console.say(f"{sheet.n_changed} changes taken.")
+    if sheet.n_changed:
+        console.say(f"next:    medmicn annotate {context.source} --run {context.run.path}   (asks only what is new)")
+    OUTCOME.content["imported"] = {"changed": sheet.n_changed, "asked_again": list(sheet.edits.asked_again)}
     finish([], context.run)
 
 
@@ -183,15 +218,12 @@ def audit_score(
     finish([], context.run)
 
 
-def _scales(names: list[str]) -> dict[str, Literal["linear", "quadratic"]]:
+def _scales(names: list[str]) -> dict[str, Scale]:
     """Group → how far apart two of its values are, from `GROUP` or `GROUP=linear`."""
-    found: dict[str, Literal["linear", "quadratic"]] = {}
-    for name in names:
-        group, _, scale = name.partition("=")
-        if scale not in ("", "linear", "quadratic"):
-            raise ConfigurationError(f"--ordinal {name}: expected GROUP, GROUP=linear or GROUP=quadratic.")
-        found[group] = "linear" if scale == "linear" else "quadratic"
-    return found
+    try:
+        return dict(scale_of(name) for name in names)
+    except ValueError as error:
+        raise ConfigurationError(f"--ordinal: {error}.") from error
 
 
 def serve_locally(app: object, port: int, started: Callable[[str], None]) -> None:

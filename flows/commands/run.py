@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from data_contracts.errors import ConfigurationError
+from data_contracts.errors import ConfigurationError, ExitCode
 from data_contracts.store import RunFolder
-from flows.chain import Context, StepReport, execute, is_fresh
+from flows.chain import Context, StepReport, execute
 from flows.commands.common import (
+    OUTCOME,
     ConfigFlag,
     JsonFlag,
     ModalityFlag,
@@ -189,6 +190,7 @@ def schedule(
     source: SourceArgument,
     cron: Annotated[str | None, typer.Option("--cron", help="Cron expression, such as '0 2 * * *'.")] = None,
     every: Annotated[str | None, typer.Option("--every", help="Interval, such as 15m, 2h or 1d.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="One such run now, and no schedule.")] = False,
     run: RunFlag = None,
     config: ConfigFlag = None,
     assignments: SetFlag = None,
@@ -196,48 +198,65 @@ def schedule(
     quiet: QuietFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Serve the annotate-then-train deployment: each run handles only what is new.
+    """Repeat the run by the clock: each time only what is new or changed is handled.
 
-    Needs a running Prefect server: `prefect server start`, and PREFECT_API_URL set to it.
+    Uses the Prefect server that PREFECT_API_URL names, else one of its own on 127.0.0.1, which it finds or starts and
+    which goes on afterwards. Training happens when a condition of [schedule] holds, never on drifted images without
+    `medmicn approve`, and a new model takes over only if it is not worse. Files that are still being copied wait.
+
+    \b
+    Examples:
+      medmicn schedule photos/ --every 15m
+      medmicn schedule photos/ --once      (for cron or a systemd timer; exit code 4 when a person is asked)
+      medmicn schedule photos/ --cron "0 2 * * *" --set schedule.retrain_after_new_images=500
     """
     console = open_console(quiet=quiet, as_json=as_json)
-    if (cron is None) == (every is None):
-        raise ConfigurationError("schedule: expected exactly one of --cron and --every.")
-    from flows import schedule as schedules
+    if (cron is not None) + (every is not None) + once != 1:
+        raise ConfigurationError("schedule: expected exactly one of --cron, --every and --once.")
+    from flows.scheduling import serve as schedules
 
     interval: timedelta | None = schedules.parse_interval(every) if every else None
-    schedules.require_server()
+    cron = schedules.checked_cron(cron) if cron else None
     folder = new_run(source, run)
+    require_source(source, folder)
     settings = settings_for(folder, config, flags_of(assignments))
     if may_cost_money(settings) and not yes:
         raise ConfigurationError(
             "schedule: a scheduled run cannot ask before it spends money.",
             remedy="Give --yes, and caps: --set vlm.max_cost_usd=… or vlm.max_requests=….",
         )
-    console.say(f"serving {source} → {folder.path}, {'cron ' + cron if cron else 'every ' + str(every)}; Ctrl-C stops.")
-    schedules.serve(source, folder.path, settings, cron=cron, every=interval)
+    if once:
+        _run_once(source, folder, settings, console)
+        return
+    console.say(
+        f"schedule: {source} → {folder.path}, {'cron ' + cron if cron else 'every ' + str(every)}; Ctrl-C ends."
+    )
+    schedules.serve(source, folder, settings, console, cron=cron, every=interval)
 
 
 def run_source(
     source: Path, folder: RunFolder, settings: Settings, console: Console, *, yes: bool, synthetic: bool = False
 ) -> None:
     """The whole chain as one Prefect flow; a finished run is recognised without starting Prefect."""
+    from flows.scheduling.rounds import everything, is_everything_fresh, put_right
+
     require_source(source, folder)
     with folder.lock():
         context = Context(begin(source, folder, synthetic=synthetic), settings, console)
         reports = confirmed(context, yes=yes)
-        chain = chain_for(context)
-        if all(is_fresh(step, context) for step in chain):
-            reports = [execute(step, context) for step in chain]
+        put_right(context)
+        if is_everything_fresh(context):
+            reports = everything(context, execute).reports
             console.say("Nothing new: every step's result still holds.")
         else:
             console.say("starting Prefect (up to a minute when cold) …")
-            reports = _as_flow(source, context)
+            reports = _reports(as_flow(source, folder, settings))
     _say_results(context)
     finish(reports, folder)
 
 
-def _as_flow(source: Path, context: Context) -> list[StepReport]:
+def as_flow(source: Path, folder: RunFolder, settings: Settings, *, unattended: bool = False) -> dict[str, Any]:
+    """The result of one flow run, with the Prefect server that is configured or with one for this command."""
     from flows import prefect_server
 
     server = prefect_server.begin()
@@ -245,14 +264,29 @@ def _as_flow(source: Path, context: Context) -> list[StepReport]:
 
     if server is not None:
         server.wait_until_healthy()
-    state = flow_for(context.settings)(
+    state = flow_for(settings)(
         source=str(source.resolve()),
-        run=str(context.run.path.resolve()),
-        config=context.settings.model_dump(mode="json"),
+        run=str(folder.path.resolve()),
+        config=settings.model_dump(mode="json"),
+        unattended=unattended,
         return_state=True,
     )
     result: dict[str, Any] = state.result()
+    return result
+
+
+def _reports(result: dict[str, Any]) -> list[StepReport]:
     return [StepReport(**report) for report in result["steps"]]
+
+
+def _run_once(source: Path, folder: RunFolder, settings: Settings, console: Console) -> None:
+    """One unattended run, for another clock than Prefect's; exit code 4 when it could not do everything."""
+    console.say("starting Prefect (up to a minute when cold) …")
+    result = as_flow(source, folder, settings, unattended=True)
+    OUTCOME.content |= {"state": result["state"], "said": result["said"]}
+    finish(_reports(result), folder)
+    if result["state"] != "done":
+        raise typer.Exit(ExitCode.RESUMABLE)
 
 
 def _say_results(context: Context) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from data_contracts.errors import ConfigurationError
+from data_contracts.store import RunFolder
 from flows.chain import Context, Step, execute, is_fresh
 from flows.commands.common import (
+    OUTCOME,
     ConfigFlag,
     JsonFlag,
     QuietFlag,
@@ -24,7 +28,7 @@ from flows.commands.common import (
     settings_for,
 )
 from flows.commands.spending import confirm
-from flows.steps import INGEST, STEPS, begin, remember_settings, require_source
+from flows.steps import INGEST, REPORT, STEPS, begin, remember_settings, require_source
 
 _ASKS_A_MODEL = {"concepts", "judge"}
 
@@ -36,7 +40,6 @@ _HELP = {
     "dataset": "Assemble the table the trainer reads.",
     "train": "Train Med-MICN and measure it once on the test split.",
     "explain": "Rules over a whole split, and saliency maps.",
-    "report": "Write the report page.",
 }
 
 
@@ -45,6 +48,7 @@ def register(app: typer.Typer) -> None:
     app.command("ingest", rich_help_panel="Single steps")(ingest)
     for name, text in _HELP.items():
         app.command(name, help=text, rich_help_panel="Single steps")(_verb(STEPS[name]))
+    app.command("report", rich_help_panel="Single steps")(report)
 
 
 def ingest(
@@ -67,6 +71,41 @@ def ingest(
     finish(reports, folder)
 
 
+def report(
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="RUN_A RUN_B", help="Write one page about two runs instead."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.html", help="Page of --compare. Default: comparison.html.")
+    ] = None,
+    run: RunFlag = None,
+    config: ConfigFlag = None,
+    assignments: SetFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the report page, or one page that compares two runs.
+
+    \b
+    Examples:
+      medmicn report
+      medmicn report --compare runs/before runs/after
+    """
+    if compare is None:
+        _verb(REPORT)(run, config, assignments, quiet=quiet, as_json=as_json)
+        return
+    console = open_console(quiet=quiet, as_json=as_json)
+    from flows.report_comparison import compare_runs
+
+    first, second = map(RunFolder, compare)
+    page = out or Path("comparison.html")
+    compare_runs(first, second, page)
+    console.say(f"written: {page}")
+    OUTCOME.content["comparison"] = str(page)
+    finish([], first)
+
+
 def _verb(step: Step) -> Callable[..., None]:
     def verb(
         run: RunFlag = None,
@@ -78,15 +117,19 @@ def _verb(step: Step) -> Callable[..., None]:
     ) -> None:
         console = open_console(quiet=quiet, as_json=as_json)
         context = existing_context(run, config, flags_of(assignments), console)
+        from flows.scheduling.rounds import by_hand
+
         with context.run.lock():
             if step.name in _ASKS_A_MODEL and not is_fresh(step, context):
                 confirm(context, yes=yes)
             remember_settings(context)
-            reports = [execute(step, context)]
+            done = by_hand(context, step)
+        for sentence in done.sentences:
+            console.say(sentence)
         following = _next_verb(step)
         if following:
             console.say(f"next:    medmicn {following} --run {context.run.path}")
-        finish(reports, context.run)
+        finish(done.reports, context.run)
 
     return verb
 

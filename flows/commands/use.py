@@ -59,7 +59,11 @@ def predict(
     quiet: QuietFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Class, concept scores, rule and maps for new images, with the model of a run."""
+    """Class, concept scores, rule and maps for new images, with the model of a run.
+
+    Any number of images, DICOM among them: the same command goes on where it was stopped, and a file that cannot be
+    read is listed in left_out.csv. Maps are named by a hash of the file's bytes and hold nothing but pixels.
+    """
     console = open_console(quiet=quiet, as_json=as_json)
     context = existing_context(run, config, flags_of(assignments), console)
     from flows.prediction import predict_files
@@ -67,37 +71,76 @@ def predict(
     result = predict_files(context, images, out, with_maps=maps)
     for row in result.rows[:10]:
         concepts = ", ".join(row["top_concepts"])
-        console.say(f"{row['path']}: {row['class']} ({row['probability']:.2f})\n    {row['rule']}\n    {concepts}")
-    if len(result.rows) > 10:
-        console.say(f"… and {len(result.rows) - 10} more in {out / 'predictions.csv'}")
-    for path, reason in result.rejected:
+        uncertain = f" - {row['rejected']}" if row["rejected"] else ""
+        console.say(
+            f"{row['path']}: {row['class']} ({row['probability']:.2f}){uncertain}\n    {row['rule']}\n    {concepts}"
+        )
+    if result.n_predicted > 10:
+        console.say(f"… and {result.n_predicted - 10} more in {out / 'predictions.csv'}")
+    for path, reason in result.rejected[:10]:
         console.warn(f"{path} was left out: {reason}")
+    if result.n_left_out > 10:
+        console.warn(f"{result.n_left_out} files were left out: {out / 'left_out.csv'}")
+    if result.n_uncertain:
+        console.say(f"{result.n_uncertain} of {result.n_predicted} are too uncertain to be given a class")
+    if result.n_reused:
+        console.say(f"{result.n_reused} were predicted before, and are kept")
     console.say(f"written: {out / 'predictions.csv'}" + (f", maps in {out / 'maps'}" if maps else ""))
     OUTCOME.content["predictions"] = result.rows
     OUTCOME.content["predictions_rejected"] = [{"path": str(p), "reason": reason} for p, reason in result.rejected]
+    OUTCOME.content["predictions_counts"] = {
+        "predicted": result.n_predicted,
+        "reused": result.n_reused,
+        "uncertain": result.n_uncertain,
+        "left_out": result.n_left_out,
+    }
     finish([], context.run)
-    if not result.rows:
+    if not result.n_predicted:
         raise typer.Exit(ExitCode.INPUT_REFUSED)
 
 
 def compare(
-    systems: Annotated[str, typer.Option("--systems", help="Comma-separated names, or 'all'.")] = "all",
+    systems: Annotated[
+        str | None, typer.Option("--systems", help="Comma-separated names, or 'all'. Default: the preset's, else all.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            "--protocol",
+            help="'clean' (epoch chosen on validation images), 'paper' (as published: on the test images; their "
+            "optimism stands beside the numbers) or 'both'. Default: the preset's, else clean.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", help="loss-ablation, filter-ablation, fusion or paper-table: the paper's comparisons."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="System that the others are tested against. Default: the first.")
+    ] = None,
+    unfiltered: Annotated[
+        Path | None,
+        typer.Option("--unfiltered", metavar="DIR", help="For filter-ablation: the same images with all concepts."),
+    ] = None,
     run: RunFlag = None,
     config: ConfigFlag = None,
     assignments: SetFlag = None,
     quiet: QuietFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Baselines and Med-MICN side by side: one data set, one protocol, the same seeds."""
+    """Med-MICN and other systems side by side: one data set, the same splits and seeds, intervals and paired tests."""
     console = open_console(quiet=quiet, as_json=as_json)
     context = existing_context(run, config, flags_of(assignments), console)
-    from flows.comparison import compare_systems
+    from flows.comparison import Request, as_markdown, compare_systems
 
     with context.run.lock():
-        table = compare_systems(context, systems)
-    console.say(table.to_string(index=False, float_format="{:.3f}".format))
-    console.say(f"written: {context.run.path / 'comparison.csv'}")
-    OUTCOME.content["systems"] = table.to_dict(orient="records")
+        found = compare_systems(context, Request(systems, protocol, preset, reference, unfiltered))
+    console.say(as_markdown(found, title="Systems side by side"))
+    console.say(f"written: {context.run.path / 'comparison.csv'}, comparison_pairs.csv and comparison.md beside it")
+    OUTCOME.content["systems"] = found.table.to_dict(orient="records")
+    OUTCOME.content["pairs"] = found.pairs.to_dict(orient="records")
     finish([], context.run)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -15,6 +15,10 @@ from flows.devices import resolve_device
 from flows.ledger import asked_concepts
 from flows.steps.honesty import tested_witnesses
 from flows.steps.images import accepted, image_reader
+from flows.steps.localisation import LOCALISATION_CSV, read_marked, regions_fingerprint, write_localisation
+
+if TYPE_CHECKING:
+    from annotation.alignment.options import AlignOptions
 
 
 def _inputs(context: Context) -> Mapping[str, Any]:
@@ -23,17 +27,58 @@ def _inputs(context: Context) -> Mapping[str, Any]:
         "images": content_hash({"ids": images["image_id"].tolist()}),
         "vocabulary": vocabulary_of(asked_concepts(context.run.read_concepts())).sha256,
         "ledger": sorted(path.name for path in context.run.judgements_dir.glob("part-*.parquet")),
-        "settings": context.settings.align.model_dump(mode="json", exclude={"device", "batch_size"}),
+        "settings": context.settings.align.model_dump(mode="json", exclude={"device", "batch_size", "regions"}),
+        "regions": regions_fingerprint(context),
     }
 
 
 def _work(context: Context, _shards: ShardRunner) -> StepResult:
-    from annotation.alignment.align import AlignOptions, align
+    from annotation.alignment.align import align
+    from annotation.alignment.inputs import AlignmentInputs
 
-    run, settings = context.run, context.settings.align
+    run = context.run
     images = accepted(run.read_images())
-    vocabulary = vocabulary_of(asked_concepts(run.read_concepts()))
-    options = AlignOptions(
+    judgements, groups = without_people_on_test(run.read_judgements(), images), _groups(images)
+    inputs = AlignmentInputs(
+        images["image_id"].tolist(),
+        image_reader(context),
+        vocabulary_of(asked_concepts(run.read_concepts())),
+        judgements,
+        _options(context),
+        run.cache_dir,
+        groups,
+    )
+    if inputs.options.adapts:
+        _require_answers(judgements)
+    regions = read_marked(context, inputs)
+    unread: list[str] = []
+
+    def note(image_id: str, error: ImageRejected) -> None:
+        unread.append(f"image {image_id[:12]} was not aligned: {error.reason}")
+
+    with context.console.bar("aligning", len(images)) as advance:
+        n_rows = run.write_alignment(align(inputs, advance=advance, on_rejected=note))
+    localisation = None if regions is None else write_localisation(context, images, inputs, regions, groups)
+    tested = tested_witnesses(context, images, inputs, groups, localisation)
+    counts: dict[str, float] = {
+        "cells": n_rows,
+        "images": len(images) - len(unread),
+        "concepts": len(inputs.vocabulary),
+        "unseen_concepts": _drop_unseen(context),
+        "refused": len(tested.refusals),
+        "untested": tested.n_untested,
+    }
+    files = [*run.alignment_parts(), *tested.files]
+    files += [run.path / LOCALISATION_CSV] if localisation is not None else []
+    shown = {name: n for name, n in counts.items() if n or name in ("cells", "images", "concepts")}
+    return StepResult(files, shown, [*unread, *tested.refusals, *tested.untested])
+
+
+def _options(context: Context) -> AlignOptions:
+    from annotation.alignment.options import AlignOptions
+
+    settings = context.settings.align
+    return AlignOptions(
         model=settings.model,
         device=resolve_device(settings.device),
         batch_size=settings.batch_size,
@@ -46,33 +91,6 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
         tile_overlap=settings.tile_overlap,
         max_tiles_per_side=settings.max_tiles_per_side,
     )
-    judgements, groups = without_people_on_test(run.read_judgements(), images), _groups(images)
-    if options.adapts:
-        _require_answers(judgements)
-    unread: list[str] = []
-
-    def note(image_id: str, error: ImageRejected) -> None:
-        unread.append(f"image {image_id[:12]} was not aligned: {error.reason}")
-
-    with context.console.bar("aligning", len(images)) as advance:
-        shards = align(
-            images["image_id"].tolist(),
-            image_reader(context),
-            vocabulary,
-            judgements,
-            options,
-            groups=groups,
-            cache_dir=run.cache_dir,
-            advance=advance,
-            on_rejected=note,
-        )
-        n_rows = run.write_alignment(shards)
-    files, refusals = tested_witnesses(context, images, vocabulary, judgements, options, groups)
-    n_dropped = _drop_unseen(context)
-    counts: dict[str, float] = {"cells": n_rows, "images": len(images) - len(unread), "concepts": len(vocabulary)}
-    counts |= {"unseen_concepts": n_dropped} if n_dropped else {}
-    counts |= {"refused": len(refusals)} if refusals else {}
-    return StepResult(run.alignment_parts() + files, counts, unread + refusals)
 
 
 def _require_answers(judgements: pd.DataFrame) -> None:

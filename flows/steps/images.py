@@ -31,7 +31,7 @@ def accepted(images: pd.DataFrame) -> pd.DataFrame:
 
 def _inputs(context: Context) -> Mapping[str, Any]:
     return {
-        "source": source_fingerprint(context.source, exclude=(context.run.path,)),
+        "source": source_fingerprint(context.source, exclude=(context.run.path,), held=context.held),
         "options": context.settings.source.model_dump(mode="json"),
     }
 
@@ -68,12 +68,13 @@ def _options(context: Context) -> IngestOptions:
         seed=source.seed,
         allow_patient_overlap=source.allow_patient_overlap,
         exclude=(context.run.path,),
+        held=context.held,
     )
 
 
-def source_fingerprint(source: Path, *, exclude: tuple[Path, ...] = ()) -> str:
-    """Hash over the name, size and time of every file of `source`: cheap, and enough to see what is new."""
-    return content_hash({"files": list(_files(source, exclude))})
+def source_fingerprint(source: Path, *, exclude: tuple[Path, ...] = (), held: frozenset[str] = frozenset()) -> str:
+    """Hash over name, size and time of every file of `source` that is not `held`: cheap, enough to see what is new."""
+    return content_hash({"files": [file for file in _files(source, exclude) if file[0] not in held]})
 
 
 def _files(source: Path, exclude: tuple[Path, ...]) -> Iterator[list[Any]]:
@@ -85,4 +86,4 @@ def _files(source: Path, exclude: tuple[Path, ...]) -> Iterator[list[Any]]:
         yield [table_path(relative), found.st_size, found.st_mtime_ns]
 
 
-INGEST = Step("ingest", "Reading images", _inputs, _work)
+INGEST = Step("ingest", "Reading images", _inputs, _work, reads_source=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 from data_contracts.files import sha256_of_file, write_text
 from flows.chain import Context, ShardRunner, Step, StepResult
+from flows.steps import card
+from pipeline.report.evidence import EVIDENCE, TRUST
 
 _READ = (
     "images.parquet",
@@ -18,11 +20,14 @@ _READ = (
     "dataset.parquet",
     "model/metrics.json",
     "explanations/rules.csv",
+    "explanations/concept_use.md",
+    "comparison.csv",
+    *(spec.file for spec in (*TRUST.values(), *EVIDENCE.values())),
 )
 
 
 def _inputs(context: Context) -> Mapping[str, Any]:
-    files = {name: context.run.path / name for name in _READ}
+    files = {name: context.run.path / name for name in (*_READ, *card.READ)}
     steps = context.run.read_manifest().steps
     return {
         "files": {name: sha256_of_file(path) for name, path in files.items() if path.is_file()},
@@ -37,7 +42,9 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
 
     page = render(gather(context))
     write_text(context.run.report_path, page)
-    return StepResult([context.run.report_path], {"kilobytes": round(len(page.encode()) / 1024)})
+    return StepResult(
+        [context.run.report_path, *card.write_cards(context)], {"kilobytes": round(len(page.encode()) / 1024)}
+    )
 
 
 REPORT = Step("report", "Writing the report", _inputs, _work)

@@ -9,12 +9,20 @@ from typing import Any
 from data_contracts.errors import ConfigurationError
 from model.config import Family, TrainConfig
 from model.network import Head, MedMICN, Sizes
-from model.systems.baselines import BlackBox, ConceptBottleneck, RuleOnly
+from model.systems.black_box import BlackBox
+from model.systems.cem import ConceptEmbeddingModel
+from model.systems.joint_cbm import JointCBM
+from model.systems.label_free_cbm import LabelFreeCBM
+from model.systems.rule_only import RuleOnly
+from model.systems.sequential_cbm import SequentialCBM
 
 FAMILIES: dict[Family, Callable[[Sizes, TrainConfig], Head]] = {
     "med-micn": MedMICN,
     "black-box": BlackBox,
-    "concept-bottleneck": ConceptBottleneck,
+    "label-free-cbm": LabelFreeCBM,
+    "sequential-cbm": SequentialCBM,
+    "joint-cbm": JointCBM,
+    "cem": ConceptEmbeddingModel,
     "rule-only": RuleOnly,
 }
 """How a family's network is built; every forward pass gives a `NetworkOutput`."""
@@ -33,16 +41,30 @@ class System:
         return TrainConfig.model_validate(common.model_dump() | dict(self.overrides))
 
 
+def _med_micn(name: str, sentence: str, **overrides: str) -> System:
+    return System(name, sentence, {"family": "med-micn", **overrides})
+
+
 SYSTEMS: dict[str, System] = {
     system.name: system
     for system in (
         System("black-box", "A linear layer on the features: no concepts.", {"family": "black-box"}),
-        System("concept-bottleneck", "Linear concepts, then linear classes.", {"family": "concept-bottleneck"}),
-        System("rule-only", "Deep Concept Reasoner: the rule decides.", {"family": "rule-only", "logic": "dcr"}),
-        System("med-micn-paper", "Med-MICN with the paper's rule.", {"family": "med-micn", "logic": "paper"}),
-        System("med-micn-dcr", "Med-MICN with the public code's rule.", {"family": "med-micn", "logic": "dcr"}),
+        System("label-free-cbm", "Concepts, then a sparse linear layer on their scores.", {"family": "label-free-cbm"}),
+        System("sequential-cbm", "Concepts, then a linear layer on their probabilities.", {"family": "sequential-cbm"}),
+        System("joint-cbm", "Linear concepts and linear classes, trained together.", {"family": "joint-cbm"}),
+        System(
+            "cem",
+            "Concept embeddings and a linear layer, trained with RandInt.",
+            {"family": "cem", "randint_probability": 0.25},
+        ),
+        System("dcr", "Deep Concept Reasoner: the rule decides.", {"family": "rule-only", "logic": "dcr"}),
+        _med_micn("med-micn-paper", "Med-MICN with the paper's rule, Gödel.", logic="paper", t_norm="godel"),
+        _med_micn("med-micn-paper-product", "The same with the product t-norm.", logic="paper", t_norm="product"),
+        _med_micn("med-micn-dcr", "Med-MICN with its public code's rule, Gödel.", logic="dcr", t_norm="godel"),
+        _med_micn("med-micn-dcr-product", "The same with the product t-norm.", logic="dcr", t_norm="product"),
     )
 }
+"""The rows that `medmicn compare` has by default."""
 
 
 def build_network(sizes: Sizes, config: TrainConfig) -> Head:

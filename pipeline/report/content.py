@@ -61,6 +61,10 @@ class ReportContent:
     leaks: pd.DataFrame | None = None
     """concept_id, auroc (how well the class alone predicts the concept, 0.5-1) and, if known,
     flagged (bool: constant within classes, or over the limit)."""
+    trust: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """What speaks for and against the labels, by the names of `evidence.TRUST`."""
+    label_reliability: pd.DataFrame | None = None
+    """confidence, observed, n: the fused labels' probabilities against experts, one row a bin."""
     examples: Mapping[str, ConceptExamples] = field(default_factory=dict)
     """Pictures by concept id."""
 
@@ -84,6 +88,13 @@ class ReportContent:
 
     rules: pd.DataFrame | None = None
     """class, rule, support (test images where the rule holds), precision, recall, coverage, fidelity."""
+    rules_text: str = ""
+    """The rules as a person reads them."""
+    evidence: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """Whether the concepts are used, and how far the maps and the classifier hold, by the names of
+    `evidence.EVIDENCE`; `interventions` and `knock_out` are drawn too."""
+    concept_use_text: str = ""
+    """One page in plain words (a little Markdown) about how much of the decision goes through the concepts."""
     saliency: Sequence[Tile] = ()
     """Held-out pictures with the class map."""
 

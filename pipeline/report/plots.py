@@ -24,6 +24,8 @@ _PAGE_COLOURS = {
     ACCENT: "var(--accent)",
     SECOND: "var(--warm)",
 }
+_ON_PAPER = {INK: "#1b1f24", MUTED: "#59636e", LINE: "#d8dee4", ACCENT: "#0b6e99", SECOND: "#b35c00"}
+"""The same on a white sheet."""
 _HEATMAP_SIDE_PX = 56
 
 _STYLE = {
@@ -54,20 +56,36 @@ _STYLE = {
 def training_curves(history: pd.DataFrame, chosen_epochs: Mapping[int, int]) -> str:
     """Loss and validation macro F1 by epoch, one thin line a seed, a dot at the epoch that was kept."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "training"}):
-        figure, (loss, score) = _figure(8.6, 2.9, 2)
-        loss.set_title("Loss")
-        score.set_title("Macro F1 on validation images")
-        for seed, rows in history.sort_values("epoch").groupby("seed", sort=True):
-            for axes, name, colour in (
-                (loss, "train_loss", SECOND),
-                (loss, "val_loss", ACCENT),
-                (score, "val_macro_f1", ACCENT),
-            ):
-                _line(axes, rows, name, colour, chosen_epochs.get(int(seed)))
-        for axes in (loss, score):
-            axes.set_xlabel("epoch")
-        _direct_labels(loss, history)
-        return _svg(figure, "Training curves: loss and validation macro F1 by epoch")
+        return _svg(
+            _curves(history, chosen_epochs, SECOND, ACCENT), "Training curves: loss and validation macro F1 by epoch"
+        )
+
+
+def training_curves_png(history: pd.DataFrame, chosen_epochs: Mapping[int, int]) -> bytes:
+    """The same curves as a PNG on white, for programs and papers that take no SVG."""
+    paper = {key: _ON_PAPER.get(str(value), value) for key, value in _STYLE.items()}
+    with mpl.rc_context(paper):
+        figure = _curves(history, chosen_epochs, _ON_PAPER[SECOND], _ON_PAPER[ACCENT])
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        return stream.getvalue()
+
+
+def _curves(history: pd.DataFrame, chosen_epochs: Mapping[int, int], training: str, validation: str) -> Figure:
+    figure, (loss, score) = _figure(8.6, 2.9, 2)
+    loss.set_title("Loss")
+    score.set_title("Macro F1 on validation images")
+    for seed, rows in history.sort_values("epoch").groupby("seed", sort=True):
+        for axes, name, colour in (
+            (loss, "train_loss", training),
+            (loss, "val_loss", validation),
+            (score, "val_macro_f1", validation),
+        ):
+            _line(axes, rows, name, colour, chosen_epochs.get(int(seed)))
+    for axes in (loss, score):
+        axes.set_xlabel("epoch")
+    _direct_labels(loss, history, training, validation)
+    return figure
 
 
 def reliability(bins: pd.DataFrame) -> str:
@@ -134,9 +152,11 @@ def _line(axes: Axes, rows: pd.DataFrame, name: str, colour: str, chosen: int | 
         axes.scatter(kept["epoch"], kept[name], s=22, color=colour, linewidths=0, zorder=3)
 
 
-def _direct_labels(axes: Axes, history: pd.DataFrame) -> None:
+def _direct_labels(axes: Axes, history: pd.DataFrame, training: str, validation: str) -> None:
     """Names at the upper right of the panel instead of a legend box."""
-    for i, (name, text, colour) in enumerate((("val_loss", "validation", ACCENT), ("train_loss", "training", SECOND))):
+    for i, (name, text, colour) in enumerate(
+        (("val_loss", "validation", validation), ("train_loss", "training", training))
+    ):
         if name in history:
             axes.text(0.98, 0.95 - 0.1 * i, text, color=colour, transform=axes.transAxes, ha="right", va="top")
 

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from data_contracts.pixels import encode
-from pipeline.report import plots, results, views
+from pipeline.report import evidence, plots, results, views
 from pipeline.report.content import ReportContent, Tile
 from pipeline.templates import environment, source
 
@@ -37,6 +37,7 @@ def render(content: ReportContent) -> str:
     concepts = views.concepts_view(content.concepts) if content.concepts is not None else None
     kept = concepts["kept"] if concepts else []
     quality = views.quality_view(content, kept)
+    names = {concept["concept_id"]: concept["name"] for concept in kept}
     html = (
         environment(PACKAGE)
         .get_template("report.html")
@@ -58,6 +59,11 @@ def render(content: ReportContent) -> str:
             per_class=content.per_class.to_dict("records") if views.present(content.per_class) else [],
             reliability=Markup(plots.reliability(content.calibration)) if views.present(content.calibration) else None,
             systems=results.systems_view(content.systems) if views.present(content.systems) else None,
+            trust=evidence.tables(content.trust, evidence.TRUST, names),
+            label_reliability=_label_reliability(content),
+            evidence=evidence.tables(content.evidence, evidence.EVIDENCE, names),
+            evidence_plots=[],
+            plain_words=evidence.paragraphs(content.concept_use_text),
             rules=results.rules_view(content.rules) if views.present(content.rules) else [],
             saliency=pictures.row(content.saliency, limit=24),
             provenance=results.provenance_view(content.manifest),
@@ -162,3 +168,9 @@ def _curves(content: ReportContent) -> Markup | None:
     if not views.present(content.history):
         return None
     return Markup(plots.training_curves(content.history, content.chosen_epochs))
+
+
+def _label_reliability(content: ReportContent) -> Markup | None:
+    if not views.present(content.label_reliability):
+        return None
+    return Markup(plots.reliability(content.label_reliability.rename(columns={"observed": "accuracy"})))

@@ -61,11 +61,13 @@ METRICS: Mapping[str, tuple[str, str]] = {
     ),
     "rule_accuracy": ("Accuracy of the rule alone", "when only the concept rules decide"),
     "rule_macro_f1": ("Macro F1 of the rule alone", "when only the concept rules decide"),
+    "rule_auroc": ("AUROC of the rule alone", "how well the rules' truth values rank images; 0.5 is guessing"),
+    "rule_agreement": ("Agreement of rule and classifier", "share of images where both say the same class"),
     "neural_accuracy": ("Accuracy of the rule layer alone", "when only the concepts decide"),
     "neural_macro_f1": ("Macro F1 of the rule layer alone", "when only the concepts decide"),
     "fidelity": ("Fidelity", "share of images where the rule and the classifier say the same class"),
 }
-IN_PERCENT = frozenset(METRICS) - {"auroc", "concept_auroc", "brier"}
+IN_PERCENT = frozenset(METRICS) - {"auroc", "concept_auroc", "rule_auroc", "brier"}
 
 STEPS: Mapping[str, str] = {
     "ingest": "read, check and split the images",

@@ -1,157 +1,148 @@
-"""Corrections as rows of the append-only ledger, and answers of the audit sheet."""
+"""Corrections: every one an append to the ledger, on the disk before it is acknowledged, and undone by another."""
 
 from __future__ import annotations
 
-import threading
 import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pyarrow.parquet as pq
 
-from data_contracts.errors import ContractViolation
 from data_contracts.store import RunFolder
-from data_contracts.tables import JUDGEMENTS, State, Witness, to_pandas
+from data_contracts.tables import JUDGEMENTS, State, Witness
+from pipeline.review.experts import UNDO, events, standing
+from pipeline.review.index import Index
 
-UNDO = "undo:"
-"""Prefix of `request_id` of a judgement that takes the reviewer's last one back."""
-
-
-def latest(judgements: pd.DataFrame) -> pd.DataFrame:
-    """The last word of every witness on every cell, in the order of the ledger."""
-    return judgements.drop_duplicates(["image_id", "concept_id", "witness", "witness_model"], keep="last")
-
-
-def standing(judgements: pd.DataFrame) -> list[dict[str, Any]]:
-    """One reviewer's judgements of one cell that were not taken back, oldest first."""
-    stack: list[dict[str, Any]] = []
-    for row in judgements.to_dict("records"):
-        if str(row["request_id"]).startswith(UNDO):
-            stack = stack[:-1]
-        else:
-            stack.append(row)
-    return stack
+BLIND = "said without seeing the machine's answer"
+"""Evidence of a correction made in audit mode."""
 
 
 class Cell(NamedTuple):
-    """One concept in one image, and who speaks about it."""
+    """One concept in one image."""
 
     image_id: str
     concept_id: str
-    reviewer: str
 
 
-class Ledger:
-    """What witnesses said, and what reviewers add. One row an action; nothing is ever changed or taken out.
+class Reviewer(NamedTuple):
+    """Who speaks, and whether the machine's answer was hidden."""
 
-    Every correction is a part of its own, so parts that were read once are kept: they never change.
-    """
+    name: str
+    is_blind: bool = False
+
+
+class _Word(NamedTuple):
+    cell: Cell
+    state: str
+    request_id: str
+    supersedes: str | None
+
+
+class Corrections:
+    """Appends to the ledger of a run. Nothing is ever changed or taken out."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._lock = threading.RLock()
-        self._parts: frozenset[str] = frozenset()
-        self._rows = JUDGEMENTS.empty()
 
-    def parts(self) -> frozenset[str]:
-        """Names of the parts that are on the disk now: different names, different ledger."""
-        return frozenset(path.name for path in self._run.judgements_dir.glob("part-*.parquet"))
+    def correct(self, index: Index, cells: Sequence[Cell], state: State, reviewer: Reviewer) -> str:
+        """Append a reviewer's judgement of each cell as one part; returns the action's id, by which it is undone.
 
-    def read(self) -> pd.DataFrame:
-        """The whole ledger in the order it was said."""
-        with self._lock:
-            parts = self.parts()
-            if not self._parts or self._parts - parts:
-                self._rows = self._run.read_judgements()
-            elif parts - self._parts:
-                fresh = [_part(self._run.judgements_dir / name) for name in sorted(parts - self._parts)]
-                rows = pd.concat([self._rows, *fresh], ignore_index=True)
-                self._rows = rows.sort_values("created_at", kind="stable", ignore_index=True)
-            self._parts = parts
-            return self._rows
+        On return the part is on the disk, and the page's database shows it.
+        """
+        action = uuid.uuid4().hex
+        with index.write_lock:
+            words = []
+            for n, cell in enumerate(dict.fromkeys(cells)):
+                before = self._standing(index, cell, reviewer.name)
+                superseded = before[-1]["request_id"] if before else None
+                words.append(_Word(cell, state.value, f"review:{action}:{n}", superseded))
+            self._append(index, words, reviewer)
+        return action
 
-    def correct(self, cell: Cell, state: State) -> None:
-        """Append a reviewer's judgement; on return it is on the disk."""
-        with self._lock:
-            before = self._standing(cell)
-            self._append(cell, state.value, f"review:{uuid.uuid4().hex}", before[-1]["request_id"] if before else None)
-
-    def undo(self, cell: Cell) -> bool:
+    def undo(self, index: Index, cell: Cell, reviewer: Reviewer) -> bool:
         """Take the reviewer's last standing judgement of a cell back; False when there is none.
 
         The row that does so says what stands again: the judgement before, or `not_assessed`.
         """
-        with self._lock:
-            before = self._standing(cell)
-            if not before:
-                return False
-            state = before[-2]["state"] if len(before) > 1 else State.NOT_ASSESSED.value
-            self._append(cell, state, f"{UNDO}{uuid.uuid4().hex}", before[-1]["request_id"])
-            return True
+        with index.write_lock:
+            before = self._standing(index, cell, reviewer.name)
+            if before:
+                self._append(index, [_taken_back(cell, before)], reviewer)
+            return bool(before)
 
-    def _standing(self, cell: Cell) -> list[dict[str, Any]]:
-        said = self.read()
-        mine = (said["witness"] == Witness.EXPERT) & (said["witness_model"] == cell.reviewer)
-        here = (said["image_id"] == cell.image_id) & (said["concept_id"] == cell.concept_id)
-        return standing(said[mine & here])
+    def undo_action(self, index: Index, action: str, reviewer: Reviewer) -> int:
+        """Take back what one action said, wherever the reviewer did not speak again since; returns how many cells."""
+        with index.write_lock:
+            rows = (
+                index.cursor()
+                .execute(
+                    "SELECT i.image_id, s.concept FROM said s JOIN images i USING (position) "
+                    "WHERE starts_with(s.request_id, ?) AND s.reviewer = ?",
+                    [f"review:{action}:", reviewer.name],
+                )
+                .fetchall()
+            )
+            words = []
+            for cell in (Cell(*row) for row in rows):
+                before = self._standing(index, cell, reviewer.name)
+                if before and str(before[-1]["request_id"]).startswith(f"review:{action}:"):
+                    words.append(_taken_back(cell, before))
+            self._append(index, words, reviewer)
+        return len(words)
 
-    def _append(self, cell: Cell, state: str, request_id: str, supersedes: str | None) -> None:
-        row = pd.DataFrame(
+    def carry_over(self, index: Index, origin: str, to: Mapping[str, State], *, said: State, note: str) -> int:
+        """Repeat, for other concepts, what reviewers said of `origin` where it was `said`; returns how many words.
+
+        A reviewer who spoke of a concept already keeps that word.
+        """
+        rows = index.cursor().execute(
+            "SELECT DISTINCT i.image_id, s.reviewer FROM said s JOIN images i USING (position) WHERE s.concept = ?",
+            [origin],
+        )
+        action, n_words = uuid.uuid4().hex, 0
+        by_reviewer: dict[str, list[_Word]] = defaultdict(list)
+        with index.write_lock:
+            for image_id, name in rows.fetchall():
+                words = self._standing(index, Cell(image_id, origin), name)
+                if not words or words[-1]["state"] != said:
+                    continue
+                for concept_id, state in to.items():
+                    cell = Cell(image_id, concept_id)
+                    if not self._standing(index, cell, name):
+                        number = f"review:{action}:{n_words}"
+                        by_reviewer[name].append(_Word(cell, state.value, number, words[-1]["request_id"]))
+                        n_words += 1
+            for name, carried in by_reviewer.items():
+                self._append(index, carried, Reviewer(name), evidence=note)
+        return n_words
+
+    def _standing(self, index: Index, cell: Cell, reviewer: str) -> list[Mapping[str, Any]]:
+        said = events(index.cursor(), index.position(cell.image_id), cell.concept_id)
+        return standing(row for row in said if row["reviewer"] == reviewer)
+
+    def _append(self, index: Index, words: Sequence[_Word], reviewer: Reviewer, *, evidence: str | None = None) -> None:
+        if not words:
+            return
+        rows = pd.DataFrame(
             {
-                "image_id": [cell.image_id],
-                "concept_id": [cell.concept_id],
-                "witness": [Witness.EXPERT.value],
-                "witness_model": [cell.reviewer],
-                "state": [state],
-                "request_id": [request_id],
-                "created_at": [pd.Timestamp(datetime.now(UTC))],
-                "supersedes": pd.Series([supersedes], dtype="str"),
+                "image_id": [word.cell.image_id for word in words],
+                "concept_id": [word.cell.concept_id for word in words],
+                "witness": Witness.EXPERT.value,
+                "witness_model": reviewer.name,
+                "state": [word.state for word in words],
+                "evidence": pd.Series([evidence or (BLIND if reviewer.is_blind else None)] * len(words), dtype="str"),
+                "request_id": [word.request_id for word in words],
+                "created_at": pd.Timestamp(datetime.now(UTC)),
+                "supersedes": pd.Series([word.supersedes for word in words], dtype="str"),
             }
         )
-        self._run.append_judgements(row.reindex(columns=JUDGEMENTS.column_names))
+        path = self._run.append_judgements(rows.reindex(columns=JUDGEMENTS.column_names))
+        if path is not None:
+            index.take_in([path], only_experts=True)
 
 
-def _part(path: Path) -> pd.DataFrame:
-    table = pq.read_table(path, partitioning=None)
-    JUDGEMENTS.check(table, str(path))
-    return to_pandas(table)
-
-
-class AuditSheet:
-    """`audit.csv`: the cells an expert is asked about, without what the machine said."""
-
-    COLUMNS = ("image_id", "concept_id", "answer")
-
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
-        self._lock = threading.Lock()
-
-    def read(self) -> pd.DataFrame:
-        """The sheet as text cells; raises `ContractViolation` if a column is missing."""
-        sheet = self._run.read_audit()
-        missing = [name for name in self.COLUMNS if name not in sheet.columns]
-        if missing:
-            raise ContractViolation(
-                self._run.audit_path.name,
-                [f"column {name!r} is missing" for name in missing],
-                remedy="Draw the sheet again with `medmicn audit draw`.",
-            )
-        return sheet
-
-    def answer(self, number: int, image_id: str, concept_id: str, state: str) -> None:
-        """Write one answer; an empty one takes it back. The row must still be the one that was shown."""
-        with self._lock:
-            sheet = self.read()
-            if not 0 <= number < len(sheet) or tuple(sheet.loc[number, ["image_id", "concept_id"]]) != (
-                image_id,
-                concept_id,
-            ):
-                raise ContractViolation(
-                    self._run.audit_path.name,
-                    [f"row {number + 2}: is no longer the cell that was shown; nothing was written"],
-                    remedy="Reload the page.",
-                )
-            sheet.loc[number, "answer"] = state
-            self._run.write_audit(sheet)
+def _taken_back(cell: Cell, before: Sequence[Mapping[str, Any]]) -> _Word:
+    state = before[-2]["state"] if len(before) > 1 else State.NOT_ASSESSED.value
+    return _Word(cell, state, f"{UNDO}{uuid.uuid4().hex}", before[-1]["request_id"])

@@ -1,41 +1,19 @@
-"""What the review page shows: filters, pages of the grid, and everything said about one image."""
+"""What the page shows of many images: pages of the grid, neighbours, counts and prevalence per class."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
 
-import numpy as np
-import numpy.typing as npt
-import pandas as pd
+import duckdb
 
 from data_contracts.concepts import Vocabulary
 from data_contracts.tables import State
-from pipeline.review.ledger import latest
+from pipeline.review.filters import Condition, Filters, condition, order
+from pipeline.review.index import Index
+from pipeline.review.wide import PROBABILITY_STEPS, by_expert, is_state, state_of
 
 PAGE_SIZE = 60
-STATES = (State.NOT_ASSESSED, State.ABSENT, State.UNCERTAIN, State.PRESENT)
-CODE = {state.value: code for code, state in enumerate(STATES)}
-SORTS = {"": "as in the folder", "uncertain": "most uncertain first", "disputed": "most disputed first"}
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Which images, in which order: the whole state of the grid, and its address."""
-
-    label: str = ""
-    split: str = ""
-    concept: str = ""
-    state: str = ""
-    sort: str = ""
-    page: int = 1
-
-    def query(self, **changes: object) -> str:
-        """The query string of these filters, with changes; empty for the plain grid."""
-        values = {**self.__dict__, **changes}
-        kept = {k: v for k, v in values.items() if v and not (k == "page" and v == 1)}
-        return f"?{urlencode(kept)}" if kept else ""
+_DESCRIBED = ("position", "image_id", "path", "label", "split", "group_id", "width_px", "height_px")
 
 
 class Page(NamedTuple):
@@ -44,126 +22,171 @@ class Page(NamedTuple):
     images: list[dict[str, Any]]
     n_found: int
     first: int
-    n_pages: int
+    """How many images come before this page."""
+
+    @property
+    def last(self) -> int:
+        """Place of the last image on the page, from 1."""
+        return self.first + len(self.images)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The run at one moment. Arrays are (N images, K concepts)."""
+class Neighbours(NamedTuple):
+    """An image among those that pass the filters."""
 
-    images: pd.DataFrame
-    """Accepted images by position: image_id, path, label, split, width_px, height_px."""
-    vocabulary: Vocabulary
-    code: npt.NDArray[np.int8]
-    """Index into `STATES`."""
-    probability: npt.NDArray[np.float32]
-    """NaN where nothing is known."""
-    disagreement: npt.NDArray[np.float32]
-    by_expert: npt.NDArray[np.bool_]
-    judgements: pd.DataFrame
-    """The ledger, in order."""
-    position: dict[str, int]
-    """Image id → row."""
-
-    def find(self, filters: Filters) -> npt.NDArray[np.intp]:
-        """Rows of the images that pass, in order."""
-        keep = np.ones(len(self.images), np.bool_)
-        for column, wanted in (("label", filters.label), ("split", filters.split)):
-            if wanted:
-                keep &= (self.images[column] == wanted).fillna(False).to_numpy(np.bool_)
-        concept = self.vocabulary.position(filters.concept) if filters.concept in self.vocabulary else None
-        if filters.state in CODE:
-            hit = self.code == CODE[filters.state]
-            keep &= hit.any(axis=1) if concept is None else hit[:, concept]
-        rows = np.flatnonzero(keep)
-        if filters.sort not in ("uncertain", "disputed"):
-            return rows
-        weights = self.uncertainty() if filters.sort == "uncertain" else np.where(self.by_expert, 0, self.disagreement)
-        of_image = weights.mean(axis=1) if concept is None else weights[:, concept]
-        return rows[np.argsort(-of_image[rows], kind="stable")]
-
-    def uncertainty(self) -> npt.NDArray[np.float32]:
-        """(N, K) in 0-1: 1 where the label is open or the probability 0.5, 0 where sure or an expert spoke."""
-        doubt = 1 - np.abs(2 * self.probability - 1)
-        doubt = np.where(np.isnan(doubt) | (self.code == CODE[State.UNCERTAIN]), 1, doubt)
-        return np.where(self.by_expert, 0, doubt).astype(np.float32)
-
-    def page(self, filters: Filters) -> Page:
-        """One page of the grid; a page number beyond the end shows the last one."""
-        rows = self.find(filters)
-        n_pages = max(1, -(-len(rows) // PAGE_SIZE))
-        first = (min(max(filters.page, 1), n_pages) - 1) * PAGE_SIZE
-        return Page([self._card(row, filters) for row in rows[first : first + PAGE_SIZE]], len(rows), first, n_pages)
-
-    def _card(self, row: int, filters: Filters) -> dict[str, Any]:
-        codes = self.code[row]
-        image = self.image(row)
-        card = {
-            **image,
-            "present": [self.vocabulary.names[k] for k in np.flatnonzero(codes == CODE[State.PRESENT])],
-            "n_uncertain": int((codes == CODE[State.UNCERTAIN]).sum()),
-            "n_expert": int(self.by_expert[row].sum()),
-        }
-        if filters.concept in self.vocabulary:
-            k = self.vocabulary.position(filters.concept)
-            card["asked"] = {"state": STATES[codes[k]].value, "probability": _number(self.probability[row, k])}
-        return card
-
-    def image(self, row: int) -> dict[str, Any]:
-        """Id, path, class and split of one row; missing ones are None."""
-        return {k: None if pd.isna(v) else v for k, v in self.images.iloc[row].to_dict().items()}
-
-    def shape_px(self, image_id: str) -> tuple[int, int] | None:
-        """(height, width) of an image, if known."""
-        height, width = self.images.loc[self.position[image_id], ["height_px", "width_px"]]
-        return None if pd.isna(height) or pd.isna(width) else (int(height), int(width))
-
-    def neighbours(self, image_id: str, filters: Filters) -> tuple[str | None, str | None, int, int]:
-        """(previous id, next id, place from 1, number found) of an image among those that pass."""
-        rows = self.find(filters)
-        places = np.flatnonzero(rows == self.position[image_id])
-        if not len(places):
-            return None, None, 0, len(rows)
-        place = int(places[0])
-        ids = self.images["image_id"]
-        before = str(ids.iloc[rows[place - 1]]) if place > 0 else None
-        after = str(ids.iloc[rows[place + 1]]) if place + 1 < len(rows) else None
-        return before, after, place + 1, len(rows)
-
-    def concepts_of(self, image_id: str) -> list[dict[str, Any]]:
-        """One row a concept: state, probability, and what each witness said last."""
-        row = self.position[image_id]
-        said = latest(self.judgements[self.judgements["image_id"] == image_id])
-        rows = []
-        for k, concept in enumerate(self.vocabulary):
-            mine = said[said["concept_id"] == concept.concept_id]
-            rows.append(
-                {
-                    "concept": concept,
-                    "state": STATES[self.code[row, k]].value,
-                    "probability": _number(self.probability[row, k]),
-                    "disagreement": float(self.disagreement[row, k]),
-                    "by_expert": bool(self.by_expert[row, k]),
-                    "witnesses": [_witness(w) for w in mine.to_dict("records") if w["state"] != State.NOT_ASSESSED],
-                }
-            )
-        return rows
-
-    def concept_of(self, image_id: str, concept_id: str) -> dict[str, Any]:
-        """One row of `concepts_of`."""
-        return self.concepts_of(image_id)[self.vocabulary.position(concept_id)]
+    before: str | None
+    after: str | None
+    place: int
+    """From 1; 0 when the image itself does not pass."""
+    n_found: int
 
 
-def _witness(row: dict[str, Any]) -> dict[str, Any]:
+class _Search(NamedTuple):
+    """Filters as SQL, and where a page begins: a place in the order, not a number of rows to skip."""
+
+    cursor: duckdb.DuckDBPyConnection
+    where: Condition
+    key: str
+
+    def count(self, more: str = "true", parameters: tuple[Any, ...] = ()) -> int:
+        sql = f"SELECT count(*) FROM images WHERE ({self.where.sql}) AND {more}"
+        return int(self.cursor.execute(sql, [*self.where.parameters, *parameters]).fetchall()[0][0])
+
+    def take(
+        self, n: int, more: str = "true", parameters: tuple[Any, ...] = (), *, backwards: bool = False
+    ) -> list[int]:
+        direction = ("ASC", "DESC") if backwards else ("DESC", "ASC")
+        sort = f"position {direction[1]}" if self.key == "0" else f"{self.key} {direction[0]}, position {direction[1]}"
+        sql = f"SELECT position FROM images WHERE ({self.where.sql}) AND {more} ORDER BY {sort} LIMIT {n}"
+        found = [int(p) for (p,) in self.cursor.execute(sql, [*self.where.parameters, *parameters]).fetchall()]
+        return found[::-1] if backwards else found
+
+    def around(self, position: int) -> tuple[str, str, tuple[Any, ...]]:
+        """SQL of what comes before and after the image at `position`, and the parameters of either."""
+        if self.key == "0":
+            return "position < ?", "position > ?", (position,)
+        rows = self.cursor.execute(f"SELECT {self.key} FROM images WHERE position = ?", [position]).fetchall()
+        value = rows[0][0] if rows else 0
+        before = f"({self.key} > ? OR ({self.key} = ? AND position < ?))"
+        return before, f"({self.key} < ? OR ({self.key} = ? AND position > ?))", (value, value, position)
+
+
+def _search(index: Index, vocabulary: Vocabulary, filters: Filters) -> _Search:
+    numbers = index.numbers
+    return _Search(index.cursor(), condition(filters, vocabulary, numbers), order(filters, vocabulary, numbers))
+
+
+def page(index: Index, vocabulary: Vocabulary, filters: Filters) -> Page:
+    """One page of the grid."""
+    search = _search(index, vocabulary, filters)
+    n_found = search.count()
+    if filters.before.isdigit():
+        before, _, parameters = search.around(int(filters.before))
+        positions = search.take(PAGE_SIZE, before, parameters, backwards=True)
+        first = max(0, search.count(before, parameters) - len(positions))
+    elif filters.after.isdigit():
+        before, after, parameters = search.around(int(filters.after))
+        positions = search.take(PAGE_SIZE, after, parameters)
+        first = n_found - search.count(after, parameters)
+    else:
+        positions, first = search.take(PAGE_SIZE), 0
+    return Page(_cards(index, vocabulary, filters, positions), n_found, first)
+
+
+def neighbours(index: Index, vocabulary: Vocabulary, filters: Filters, position: int) -> Neighbours:
+    """The images before and after one, among those that pass."""
+    search = _search(index, vocabulary, filters)
+    before, after, parameters = search.around(position)
+    previous = search.take(1, before, parameters, backwards=True)
+    following = search.take(1, after, parameters)
+    inside = search.count("position = ?", (position,))
+    place = search.count(before, parameters) + 1 if inside else 0
+    ids = {row["position"]: row["image_id"] for row in described(index, [*previous, *following])}
+    return Neighbours(
+        ids[previous[0]] if previous else None, ids[following[0]] if following else None, place, search.count()
+    )
+
+
+def matching_ids(index: Index, vocabulary: Vocabulary, filters: Filters, limit: int) -> list[str]:
+    """Ids of the first images that pass, in order."""
+    positions = _search(index, vocabulary, filters).take(limit)
+    ids = {row["position"]: row["image_id"] for row in described(index, positions)}
+    return [ids[p] for p in positions]
+
+
+def described(index: Index, positions: list[int]) -> list[dict[str, Any]]:
+    """Id, path, class, split and size of images; missing ones are None."""
+    sql = f"SELECT {', '.join(_DESCRIBED)} FROM images WHERE position IN (SELECT unnest(?))"
+    rows = index.cursor().execute(sql, [positions]).fetchall()
+    return [dict(zip(_DESCRIBED, row, strict=True)) for row in rows]
+
+
+def cells(index: Index, positions: list[int]) -> dict[int, list[dict[str, Any]]]:
+    """Position → one entry a concept of the database: state, by_expert, probability, disagreement."""
+    numbers = range(len(index.concept_ids))
+    columns = ", ".join(["position", *(f"s{k}, p{k}, d{k}" for k in numbers)])
+    sql = f"SELECT {columns} FROM images WHERE position IN (SELECT unnest(?))"
+    rows = index.cursor().execute(sql, [positions]).fetchall()
+    return {row[0]: [_cell(*row[1 + 3 * k : 4 + 3 * k]) for k in numbers] for row in rows}
+
+
+def _cell(stored: int, probability: int | None, disagreement: int) -> dict[str, Any]:
     return {
-        "who": row["witness"],
-        "model": row["witness_model"],
-        "state": row["state"],
-        "probability": _number(row["probability"]),
-        "evidence": None if pd.isna(row["evidence"]) else row["evidence"],
-        "at": row["created_at"],
+        "state": state_of(stored),
+        "by_expert": by_expert(stored),
+        "probability": None if probability is None else probability / PROBABILITY_STEPS,
+        "disagreement": disagreement / 250,
     }
 
 
-def _number(value: Any) -> float | None:
-    return None if pd.isna(value) else float(value)
+def _cards(index: Index, vocabulary: Vocabulary, filters: Filters, positions: list[int]) -> list[dict[str, Any]]:
+    images = {row["position"]: row for row in described(index, positions)}
+    states = cells(index, positions)
+    return [_card(images[p], states[p], index, vocabulary, filters) for p in positions]
+
+
+def _card(
+    image: dict[str, Any], states: list[dict[str, Any]], index: Index, vocabulary: Vocabulary, filters: Filters
+) -> dict[str, Any]:
+    known = [(vocabulary[c].name, states[k]) for c, k in index.numbers.items() if c in vocabulary]
+    card = image | {
+        "present": [name for name, cell in known if cell["state"] == State.PRESENT],
+        "n_uncertain": sum(cell["state"] == State.UNCERTAIN for _, cell in known),
+        "n_expert": sum(cell["by_expert"] for _, cell in known),
+        "asked": None,
+    }
+    if filters.concept in vocabulary and filters.concept in index.numbers:
+        card["asked"] = states[index.numbers[filters.concept]]
+    return card
+
+
+class Prevalence(NamedTuple):
+    """How often a concept is present among the images of a class that have a label for it."""
+
+    label: str | None
+    n_images: int
+    counts: dict[str, tuple[int, int]]
+    """Concept id → (present, absent)."""
+
+
+def prevalence(index: Index, vocabulary: Vocabulary, filters: Filters, concepts: list[str]) -> list[Prevalence]:
+    """One row a class, of the images that pass."""
+    where = condition(filters, vocabulary, index.numbers)
+    shown = [c for c in concepts if c in index.numbers]
+    sums = [
+        f"sum(({is_state(index.numbers[c], state)})::INT)" for c in shown for state in (State.PRESENT, State.ABSENT)
+    ]
+    sql = (
+        f"SELECT {', '.join(['label', 'count(*)', *sums])} FROM images WHERE {where.sql} GROUP BY label ORDER BY label"
+    )
+    rows = index.cursor().execute(sql, where.parameters).fetchall()
+    return [
+        Prevalence(row[0], row[1], {c: (int(row[2 + 2 * n]), int(row[3 + 2 * n])) for n, c in enumerate(shown)})
+        for row in rows
+    ]
+
+
+def split_counts(index: Index, vocabulary: Vocabulary, filters: Filters) -> list[tuple[str | None, str | None, int]]:
+    """(class, split, images) of the images that pass."""
+    where = condition(filters, vocabulary, index.numbers)
+    sql = f"SELECT label, split, count(*) FROM images WHERE {where.sql} GROUP BY ALL ORDER BY ALL"
+    return index.cursor().execute(sql, where.parameters).fetchall()

@@ -16,7 +16,7 @@ from data_contracts.dataset import AlignedDataset
 from data_contracts.errors import ConfigurationError, ContractViolation, InputRefused, StorageError, VocabularyMismatch
 from data_contracts.manifest import RunManifest
 from data_contracts.store import RunFolder
-from data_contracts.tables import ALIGNMENT
+from data_contracts.tables import ALIGNMENT, IMAGES, LABELS
 
 
 @pytest.fixture
@@ -212,3 +212,16 @@ def test_csv_mirrors_open_as_utf8_in_spreadsheets(run: RunFolder) -> None:
     content = (run.path / "concepts.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbf")
     assert pd.read_csv(run.path / "concepts.csv")["proposed_for"].tolist() == ["x; y", "x; y"]
+
+
+def test_a_table_is_read_a_batch_at_a_time(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    labels = pd.DataFrame({"image_id": [f"i{k // 2}" for k in range(10)], "concept_id": ["a", "b"] * 5})
+    labels = labels.assign(present=True, probability=0.5, decided_by="vlm", disagreement=0.0)
+    run.write_labels(labels, pd.DataFrame())
+    batches = list(run.iterate_rows(LABELS, ["image_id", "probability"], 4))
+    assert [batch.num_rows for batch in batches] == [4, 4, 2]
+    assert pa.concat_tables(batches).column("image_id").to_pylist() == labels["image_id"].tolist()
+    (tmp_path / "images.parquet").write_bytes((tmp_path / "labels.parquet").read_bytes())
+    with pytest.raises(ContractViolation, match="contract"):
+        next(run.iterate_rows(IMAGES, ["image_id"], 4))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from annotation.trust.fuse import fuse
 from data_contracts.errors import ConfigurationError, ContractViolation, InputRefused
@@ -71,6 +74,10 @@ def context(tmp_path: Path) -> Context:
 def filled(sheet: pd.DataFrame) -> pd.DataFrame:
     true = TRUTH.loc[pd.MultiIndex.from_frame(sheet[["image_id", "concept_id"]])].to_numpy()
     return sheet.assign(answer=np.where(true, "present", "absent"))
+
+
+def with_settings(context: Context, changes: dict[str, Any]) -> Context:
+    return replace(context, settings=Settings.model_validate(changes))
 
 
 def experts_of(run: RunFolder) -> pd.DataFrame:
@@ -151,8 +158,44 @@ def test_a_second_expert_brings_a_sheet_and_disputes_are_listed(context: Context
         score_audit(context, "b", ordinal={"size": "linear"})
 
 
+def test_ordinal_groups_are_a_setting_and_the_flag_wins(context: Context) -> None:
+    draw_audit(context, 40, 0, again=False)
+    filled(context.run.read_audit()).to_csv(context.run.audit_path, index=False)
+    score_audit(context, "a")
+    scaled = with_settings(context, {"concepts": {"ordinal_groups": ["kind=linear"]}})
+    assert "cohen_kappa_linear" in set(score_audit(scaled, "b").experts["statistic"])
+    other = score_audit(scaled, "b", ordinal={"kind": "quadratic"}).experts
+    assert "cohen_kappa_quadratic" in set(other["statistic"])
+    with pytest.raises(ConfigurationError, match="ordinal_groups: 'size'"):
+        score_audit(with_settings(context, {"concepts": {"ordinal_groups": ["size"]}}), "a")
+    with pytest.raises(ValidationError, match="GROUP=linear"):
+        with_settings(context, {"concepts": {"ordinal_groups": ["kind=cubic"]}})
+
+
+def test_fused_labels_are_scored_as_this_run_fuses_them(context: Context) -> None:
+    draw_audit(context, 100, 0, again=False)
+    filled(context.run.read_audit()).to_csv(context.run.audit_path, index=False)
+    n_scored = []
+    for low, high in ((0.5, 0.5), (0.001, 0.999)):
+        strict = with_settings(context, {"labels": {"abstain_low": low, "abstain_high": high}})
+        n_scored.append(score_audit(strict, "dr").scores.query("witness == 'fused'")["n"].sum())
+    assert n_scored[0] == 100
+    assert n_scored[1] < 60
+
+
+def test_what_a_refused_witness_said_is_not_in_the_fused_label(context: Context) -> None:
+    draw_audit(context, 60, 0, again=False)
+    filled(context.run.read_audit()).to_csv(context.run.audit_path, index=False)
+    refused = pd.DataFrame([["vlm:m", "round", "fails_null_test", "noise"]])
+    refused.columns = ["source", "concept_id", "reason", "detail"]
+    refused.to_csv(context.run.path / "refused.csv", index=False)
+    found = score_audit(context, "dr").scores.set_index(["witness", "concept_id"])
+    assert found.loc[("fused", "round"), "n"] == 0
+    assert found.loc[("vlm:m", "round"), "n"] > 10
+
+
 def test_more_asks_new_cells_of_undecided_concepts_and_keeps_the_answers(context: Context) -> None:
-    draw_audit(context, 24, 0, again=False)
+    draw_audit(context, 24, 1, again=False)
     with pytest.raises(ConfigurationError, match="no answer was taken yet"):
         draw_audit(context, 20, 0, again=False, more=True)
     first = filled(context.run.read_audit())
@@ -170,6 +213,26 @@ def test_more_asks_new_cells_of_undecided_concepts_and_keeps_the_answers(context
     found = score_audit(context, "dr").scores
     assert found.query("witness == 'vlm:m'")["n"].sum() == 44
     assert len(experts_of(context.run)) == 44
+
+
+def test_a_sheet_read_twice_says_nothing_twice_and_undoes_no_later_correction(context: Context) -> None:
+    draw_audit(context, 20, 0, again=False)
+    sheet = filled(context.run.read_audit())
+    sheet.to_csv(context.run.audit_path, index=False)
+    seen = sheet.iloc[[0]].assign(witness="expert", witness_model="dr", state=sheet["answer"].iloc[0])
+    seen["created_at"] = pd.Timestamp("2026-01-02", tz="UTC")
+    # The same answer, but given with the machine's in sight: the blind one is news.
+    context.run.append_judgements(seen.reindex(columns=JUDGEMENTS.column_names))
+    assert score_audit(context, "dr").n_answers == 20
+    assert len(experts_of(context.run)) == 21
+    context.run.append_judgements(
+        seen.assign(state="uncertain", created_at=pd.Timestamp("2999-01-01", tz="UTC")).reindex(
+            columns=JUDGEMENTS.column_names
+        )
+    )
+    score_audit(context, "dr")
+    assert len(experts_of(context.run)) == 22
+    assert experts_of(context.run)["state"].iloc[-1] == "uncertain"
 
 
 def test_a_replaced_sheet_asks_no_answered_cell_again(context: Context) -> None:

@@ -91,7 +91,8 @@ def test_the_manifest_records_versions_settings_and_receipts(finished: Finished)
     assert manifest.versions["torch"]
     assert manifest.config["train"]["seeds"] == [0, 1]
     assert set(manifest.steps) == {
-        *("ingest", "concepts", "judge", "align", "fuse", "dataset", "train", "explain", "report")
+        *("ingest", "concepts", "judge", "align", "fuse", "dataset"),
+        *("train", "promote", "baseline", "explain", "report"),
     }
     assert all(finished.run.holds(step.outputs) for step in manifest.steps.values())
 

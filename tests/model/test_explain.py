@@ -12,6 +12,8 @@ from data_contracts.errors import ConfigurationError, InputRefused
 from model.config import TrainConfig
 from model.evaluate import outputs_of
 from model.explain import rules as r
+from model.explain.class_rules import read_class_rules
+from model.explain.rule_evidence import class_rules
 from model.explain.saliency import METHODS, Rest, class_map, concept_maps, cut, overlay
 from model.fit import TrainedRun
 from model.network import MedMICN, Sizes
@@ -45,11 +47,11 @@ def known() -> Outputs:
 
 
 def test_a_class_rule_is_read_simplified_and_measured(known: Outputs) -> None:
-    found = r.read_class_rules(known, WORDS, ("yes", "no"))
+    found = read_class_rules(known, WORDS, ("yes", "no"))
     assert found[0].text(WORDS) in {"yes ← a ∧ ¬ b", "yes ← ¬ b ∧ a"}
     truth = known.predicted.copy()
     truth[:40] = 1 - truth[:40]
-    table = r.class_rules(found, known, truth, WORDS, ("yes", "no")).set_index("class")
+    table = class_rules(found, known, truth, WORDS, ("yes", "no")).set_index("class")
     holds = known.predicted == 0
     yes = table.loc["yes"]
     assert yes["fidelity"] == 1
@@ -63,7 +65,7 @@ def test_a_class_rule_is_read_simplified_and_measured(known: Outputs) -> None:
 
 def test_a_class_never_said_has_no_rule(known: Outputs) -> None:
     only = Outputs(np.tile([[1.0, 0.0]], (400, 1)).astype(np.float32), *known[1:])
-    assert [rule.class_name for rule in r.read_class_rules(only, WORDS, ("yes", "no"))] == ["yes"]
+    assert [rule.class_name for rule in read_class_rules(only, WORDS, ("yes", "no"))] == ["yes"]
 
 
 def test_an_image_rule_lists_its_terms_weakest_first_without_what_a_group_implies() -> None:
@@ -111,9 +113,9 @@ def test_in_dcr_the_boolean_rule_is_the_fuzzy_one_for_every_class(temperature: f
 def test_rules_of_a_trained_run_tell_the_classes_on_held_out_images(trained: dict[str, TrainedRun]) -> None:
     for logic, run in trained.items():
         dataset = run.prepared.dataset
-        rules = r.read_class_rules(outputs_of(run, run.best, dataset.rows("train")), run.vocabulary, run.class_names)
+        rules = read_class_rules(outputs_of(run, run.best, dataset.rows("train")), run.vocabulary, run.class_names)
         rows = dataset.rows("test")
-        table = r.class_rules(
+        table = class_rules(
             rules, outputs_of(run, run.best, rows), dataset.class_index()[rows], run.vocabulary, run.class_names
         )
         assert table["n_images"].eq(len(rows)).all()
@@ -125,7 +127,7 @@ def test_rules_of_a_trained_run_tell_the_classes_on_held_out_images(trained: dic
 def test_rules_of_a_system_without_any_are_refused(known: Outputs) -> None:
     none = known._replace(rule_truth=np.zeros((400, 0), np.float32))
     with pytest.raises(InputRefused, match="no rule"):
-        r.read_class_rules(none, WORDS, ("yes", "no"))
+        read_class_rules(none, WORDS, ("yes", "no"))
 
 
 def test_prediction_names_class_concepts_and_rule(squares, trained: dict[str, TrainedRun]) -> None:

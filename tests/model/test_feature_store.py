@@ -8,8 +8,9 @@ import torch
 
 from data_contracts.errors import RejectReason, StorageError
 from model.backbones import build_backbone
-from model.data import in_batches, prepare
+from model.data import in_batches
 from model.feature_store import FeatureStore
+from model.prepare import prepare
 
 
 def rows(n: int, seed: int = 0) -> np.ndarray:

@@ -14,11 +14,12 @@ from data_contracts.concepts import Vocabulary
 from data_contracts.dataset import AlignedDataset
 from data_contracts.errors import ConfigurationError, InputRefused
 from model.backbones import hash_of_weights
-from model.compare import compare
+from model.compare import Design, compare
 from model.config import TrainConfig
 from model.devices import resolve_device
 from model.evaluate import evaluate, metrics_json, outputs_of
-from model.fit import TrainedRun, train
+from model.fit import TrainedRun, Watch, train
+from model.systems.registry import system
 
 FAST = TrainConfig(epochs=4, seeds=(0,), image_size_px=64)
 
@@ -187,7 +188,7 @@ def test_every_epoch_is_heard(squares, cache_dir: Path) -> None:
         squares,
         config,
         cache_dir=cache_dir,
-        on_epoch=lambda seed, row: heard.append((seed, row["epoch"])),
+        watch=Watch(on_epoch=lambda seed, row: heard.append((seed, row["epoch"]))),
     )
     assert Counter(seed for seed, _ in heard) == Counter(run.history["seed"].tolist())
     assert {"train_loss", "val_loss", "val_macro_f1", "val_concept_loss"} <= set(run.history.columns)
@@ -209,25 +210,23 @@ def test_fine_tuning_any_timm_backbone_moves_it(squares, tmp_path: Path) -> None
     assert fingerprint != hash_of_weights(run.best.backbone.module)
     assert np.isfinite(run.history["train_loss"]).all()
     assert outputs_of(run, run.best, dataset.rows("test")).class_probabilities.shape == (len(dataset.rows("test")), 3)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["pixels-32-bicubic"]
 
 
-def test_compare_is_paired_and_leaves_out_what_a_system_lacks(squares, cache_dir: Path) -> None:
+def test_compare_is_paired_with_a_training_alone(squares, cache_dir: Path, tmp_path: Path) -> None:
     config = FAST.model_copy(update={"seeds": (0, 1)})
-    table = compare(squares.dataset(), squares, config, cache_dir=cache_dir).set_index("system")
-    assert list(table.index) == ["black-box", "concept-bottleneck", "rule-only", "med-micn-paper", "med-micn-dcr"]
-    assert np.isnan(table.at["black-box", "concept_auroc"])
-    assert np.isnan(table.at["concept-bottleneck", "rule_macro_f1"])
-    assert table.at["rule-only", "rule_agreement"] == 1
-    alone = train(squares.dataset(), squares, config.model_copy(update={"logic": "dcr"}), cache_dir=cache_dir)
+    systems = ("black-box", "med-micn-dcr")
+    alone = train(squares.dataset(), squares, system("med-micn-dcr").config(config), cache_dir=cache_dir)
+    table = compare(squares.dataset(), squares, config, Design(systems), cache_dir=tmp_path).table.set_index("system")
     accuracies = [e.metrics["accuracy"] for e in evaluate(alone).evaluations]
+    assert np.isnan(table.at["black-box", "concept_auroc"])
     assert table.at["med-micn-dcr", "accuracy"] == pytest.approx(np.mean(accuracies))
     assert table.at["med-micn-dcr", "accuracy_sd"] == pytest.approx(pd.Series(accuracies).std())
 
 
 def test_compare_refuses_an_unknown_system(squares, cache_dir: Path) -> None:
     with pytest.raises(ConfigurationError, match="black-box"):
-        compare(squares.dataset(), squares, FAST, cache_dir=cache_dir, systems=["gpt"])
+        compare(squares.dataset(), squares, FAST, Design(["gpt"]), cache_dir=cache_dir)
 
 
 @pytest.mark.parametrize(
@@ -260,16 +259,13 @@ def test_training_leaves_the_callers_threads_as_they_were(squares, cache_dir: Pa
     torch.set_num_threads(2)
     seen: list[int] = []
 
-    def heard(_seed: int, _row: dict[str, float]) -> None:
-        seen.append(torch.get_num_threads())
-
     try:
         train(
             squares.dataset(),
             squares,
             FAST,
             cache_dir=cache_dir,
-            on_epoch=lambda *_: seen.append(torch.get_num_threads()),
+            watch=Watch(on_epoch=lambda *_: seen.append(torch.get_num_threads())),
         )
         assert set(seen) == {1}
         assert torch.get_num_threads() == 2

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_explain.nn.concepts import ConceptReasoningLayer
+from torch_explain.nn.semantics import GodelTNorm, ProductTNorm
 
 from model.concept_encoder import ConceptCode, ConceptEncoder
 from model.config import TrainConfig
@@ -126,3 +128,54 @@ def test_the_encoder_is_its_formula_for_each_concept() -> None:
         c = torch.sigmoid(pair @ encoder.score.weight[0] + encoder.score.bias)
         torch.testing.assert_close(code.probabilities[:, i], c)
         torch.testing.assert_close(code.embeddings[:, i], c[:, None] * pair[:, :2] + (1 - c[:, None]) * pair[:, 2:])
+
+
+@pytest.mark.parametrize("t_norm", ["godel", "product"])
+@pytest.mark.parametrize("temperature", [1.0, 10.0, 100.0])
+def test_the_reasoner_is_that_of_torch_explain(t_norm: str, temperature: float) -> None:
+    theirs = ConceptReasoningLayer(8, 3, {"godel": GodelTNorm(), "product": ProductTNorm()}[t_norm], temperature)
+    ours = reasoning_layer(3, TrainConfig(logic="dcr", t_norm=t_norm, temperature=temperature))
+    ours.sign.load_state_dict(theirs.sign_nn.state_dict())
+    ours.filter.load_state_dict(theirs.filter_nn.state_dict())
+    code = a_code(n_images=50)
+    with torch.no_grad():
+        truth, sign, chosen = theirs(code.embeddings, code.probabilities, return_attn=True)
+        rule = ours(code)
+    torch.testing.assert_close(rule.polarity, sign)
+    torch.testing.assert_close(rule.relevance, chosen)
+    # Their truth may be 0, where the logarithm that a loss takes has no gradient; ours stays above SMALLEST_TRUTH.
+    torch.testing.assert_close(rule.truth, truth.clamp(min=1e-6), rtol=1e-4, atol=2e-6)
+
+
+def test_the_papers_rule_is_not_the_one_that_torch_explain_and_the_public_code_have() -> None:
+    """METHOD, section 3: in the paper a concept's truth value takes part through its embedding alone."""
+    code = a_code()
+    absent = ConceptCode(code.embeddings, code.logits, torch.zeros_like(code.probabilities))
+    paper, dcr = (reasoning_layer(3, TrainConfig(logic=logic, temperature=1.0)) for logic in ("paper", "dcr"))
+    torch.testing.assert_close(paper(absent).truth, paper(code).truth)
+    assert not torch.allclose(dcr(absent).terms, dcr(code).terms)
+
+
+@pytest.mark.parametrize("logic", ["paper", "dcr"])
+@pytest.mark.parametrize("t_norm", ["godel", "product"])
+@settings(max_examples=25, deadline=None)
+@given(
+    scale=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 1e15]),
+    logit=st.floats(-1e4, 1e4, width=32),
+    n_concepts=st.integers(1, 60),
+    temperature=st.floats(0.01, 1000),
+)
+def test_truth_and_gradients_are_finite_for_any_input(
+    logic: str, t_norm: str, scale: float, logit: float, n_concepts: int, temperature: float
+) -> None:
+    torch.manual_seed(n_concepts)
+    embeddings = (scale * torch.randn(2, n_concepts, 8)).requires_grad_()
+    logits = torch.full((2, n_concepts), logit, requires_grad=True)
+    layer = reasoning_layer(3, TrainConfig(logic=logic, t_norm=t_norm, temperature=temperature))
+    rule = layer(ConceptCode(embeddings, logits, logits.sigmoid()))
+    torch.nn.functional.cross_entropy(rule.logits, torch.tensor([0, 2])).backward()
+    assert torch.isfinite(rule.logits).all()
+    assert torch.isfinite(rule.log_truth).all()
+    assert torch.isfinite(embeddings.grad).all()
+    assert logits.grad is None or torch.isfinite(logits.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)

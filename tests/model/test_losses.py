@@ -5,10 +5,20 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from model.concept_encoder import ConceptCode
 from model.config import TrainConfig
-from model.losses import LossWeights, Targets, balanced_class_weights, concept_loss, losses, neural_loss
+from model.losses import (
+    LossWeights,
+    StepTotals,
+    Targets,
+    balanced_class_weights,
+    concept_loss,
+    losses,
+    neural_loss,
+    task_loss,
+)
 from model.network import MedMICN, NetworkOutput, Sizes
 
 
@@ -83,3 +93,36 @@ def test_the_loss_of_a_code_far_out_is_finite() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(200)
     assert torch.isfinite(logits.grad).all()
+
+
+def test_focal_loss_is_torchvisions_for_two_classes() -> None:
+    logits, y = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
+    weights = LossWeights(0, 0, torch.ones(2), focal_gamma=2.0)
+    theirs = sigmoid_focal_loss(logits[:, 1] - logits[:, 0], y.float(), alpha=-1, gamma=2, reduction="mean")
+    torch.testing.assert_close(task_loss(logits, y, weights, torch.tensor(6.0)), theirs)
+
+
+def test_a_focal_loss_of_gamma_zero_is_smoothed_weighted_cross_entropy() -> None:
+    logits, y, classes = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 1]), torch.tensor([1.0, 2.0, 0.5])
+    weights = LossWeights(0, 0, classes, label_smoothing=0.1)
+    expected = F.cross_entropy(logits, y, classes, label_smoothing=0.1)
+    torch.testing.assert_close(task_loss(logits, y, weights, classes[y].sum()), expected)
+
+
+def test_a_focal_loss_of_certain_images_has_a_finite_gradient() -> None:
+    logits = torch.tensor([[80.0, -80.0], [-80.0, 80.0]], requires_grad=True)
+    task_loss(
+        logits, torch.tensor([0, 0]), LossWeights(0, 0, torch.ones(2), focal_gamma=0.5), torch.tensor(2.0)
+    ).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_the_parts_of_a_step_add_up_to_the_step() -> None:
+    torch.manual_seed(0)
+    network = MedMICN(Sizes(5, 4, 3), TrainConfig(dropout=0))
+    f, targets = torch.randn(7, 5), Targets(torch.arange(7) % 3, torch.rand(7, 4), torch.rand(7, 4) < 0.6)
+    weights = LossWeights(0.3, 0.7, torch.tensor([1.0, 2.0, 0.5]), focal_gamma=1.0)
+    whole, totals = losses(network(f), targets, weights), StepTotals.of(targets, weights)
+    parts = [losses(network(f[rows]), targets.take(rows), weights, totals) for rows in torch.arange(7).split(3)]
+    for name in ("total", "task", "concept", "neural"):
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))

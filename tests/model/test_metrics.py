@@ -57,6 +57,21 @@ def test_concept_metrics_agree_with_scikit_learn_on_the_usable_cells() -> None:
         assert accuracy[k] == pytest.approx(sk.accuracy_score(truth, score >= 0.5))
 
 
+def test_attribute_macro_f1_is_scikit_learns_over_the_values_of_each_attribute() -> None:
+    rng = np.random.default_rng(7)
+    values = rng.integers(0, 3, 300)
+    c = np.concatenate([np.eye(3)[values], rng.integers(0, 2, (300, 1))], axis=1)
+    mask = np.ones_like(c, dtype=bool)
+    mask[:40, 1] = False
+    c[40:60, :3] = 0  # no value of the attribute is true: not judged
+    said = 0.5 * c + 0.5 * rng.random(c.shape)
+    ours = m.attribute_macro_f1(c, mask, said, [[0, 1, 2], [3]])
+    judged = slice(60, None)
+    assert ours[0] == pytest.approx(sk.f1_score(values[judged], said[judged, :3].argmax(1), average="macro"))
+    assert ours[1] == pytest.approx(sk.f1_score(c[:, 3], said[:, 3] >= 0.5, average="macro"))
+    assert np.isnan(m.attribute_macro_f1(c, np.zeros_like(mask), said, [[0, 1, 2], [3]])).all()
+
+
 def test_a_class_missing_from_the_split_is_null_and_leaves_the_macro_average() -> None:
     y, predicted = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
     scores = m.per_class(m.confusion_matrix(y, predicted, 3))

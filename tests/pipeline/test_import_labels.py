@@ -265,3 +265,12 @@ def test_the_experts_sheet_of_a_real_data_set(shared_data: Path) -> None:
     present = imported.judgements[imported.judgements["state"] == "present"]
     # One value of every attribute that is filled in holds, and pandas counts those in its own way.
     assert len(present) == int(raw.drop(columns="path").notna().to_numpy().sum())
+
+
+def test_label_studios_csv_export_comes_back(tmp_path: Path) -> None:
+    text = (
+        "annotation_id,annotator,created_at,id,image,image_id,lead_time,red,shape-round,split,updated_at\n"
+        "4,1,2026-01-01T00:00:00Z,7,/data/local-files/?d=pixels/id0.png,id0,3.1,present,absent,test,2026-01-01\n"
+    )
+    imported = read_labels(sheet(tmp_path, text), IMAGES_AB, VOCABULARY, reviewer="R")
+    assert states(imported) == {("id0", "red"): "present", ("id0", "shape-round"): "absent"}

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
-from annotation.alignment.align import AlignOptions, align, concept_texts, concept_wordings, reference_texts
+from annotation.alignment.align import align
+from annotation.alignment.heads import concept_texts, concept_wordings, reference_texts
+from annotation.alignment.inputs import AlignmentInputs
+from annotation.alignment.options import AlignOptions
 from annotation.alignment.towers import load_aligner
 from data_contracts.concepts import Concept, Vocabulary
 from data_contracts.errors import ConfigurationError, ImageRejected, RejectReason
 from data_contracts.ports import Pixels
+from tests.annotation.alignment.tiny_clip import tiny_clip
 
 VOCABULARY = Vocabulary.of([Concept("red", "red"), Concept("dark", "dark")])
 N_IMAGES = 40
@@ -51,15 +52,13 @@ def judgements(wrong_fraction: float = 0.2) -> pd.DataFrame:
 
 
 def run(tmp_path: Path, read_image: Any = read, **options: Any) -> pa.Table:
-    tables = align(
-        IDS,
-        read_image,
-        VOCABULARY,
-        judgements(),
-        AlignOptions(shard_size=16, batch_size=8, **options),
-        cache_dir=tmp_path,
-    )
-    return pa.concat_tables(tables)
+    chosen = AlignOptions(shard_size=16, batch_size=8, **options)
+    return pa.concat_tables(align(AlignmentInputs(IDS, read_image, VOCABULARY, judgements(), chosen, tmp_path)))
+
+
+def without_judgements(image_ids: list[str], options: AlignOptions, cache: Path, read_image: Any = read) -> pa.Table:
+    inputs = AlignmentInputs(image_ids, read_image, VOCABULARY, judgements().iloc[:0], options, cache)
+    return pa.concat_tables(align(inputs))
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +118,7 @@ def test_unreadable_images_are_told_and_counted_and_nothing_stops(tmp_path: Path
         return read(image_id)
 
     tables = align(
-        IDS,
-        broken,
-        VOCABULARY,
-        judgements(),
-        AlignOptions(shard_size=16),
-        cache_dir=tmp_path,
+        AlignmentInputs(IDS, broken, VOCABULARY, judgements(), AlignOptions(shard_size=16), tmp_path),
         advance=done.append,
         on_rejected=lambda image_id, error: told.append((image_id, str(error.reason))),
     )
@@ -135,42 +129,22 @@ def test_unreadable_images_are_told_and_counted_and_nothing_stops(tmp_path: Path
 
 
 def test_one_patient_is_never_on_both_sides_of_a_fit(aligned: pa.Table, cache: Path) -> None:
-    tables = align(
-        IDS,
-        read,
-        VOCABULARY,
-        judgements(),
-        AlignOptions(shard_size=16),
-        groups=dict.fromkeys(IDS, "one patient"),
-        cache_dir=cache,
-    )
+    groups = dict.fromkeys(IDS, "one patient")
+    options = AlignOptions(shard_size=16)
+    tables = align(AlignmentInputs(IDS, read, VOCABULARY, judgements(), options, cache, groups))
     # Whoever sees all images sees the test patient: the only fold with data has a head that knows nothing.
     assert pa.concat_tables(tables).column("probability").null_count == 2 * N_IMAGES
 
 
 def test_the_embedded_model_asks_for_judgements(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="medmicn judge"):
-        list(align(IDS, read, VOCABULARY, judgements().iloc[:0], AlignOptions(), cache_dir=tmp_path))
-
-
-def tiny_clip(folder: Path) -> str:
-    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    torch.manual_seed(0)
-    model: Any = open_clip.CLIP(24, vision, text)  # type: ignore[arg-type]
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}})
-    )
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
+        without_judgements(IDS, AlignOptions(), tmp_path)
 
 
 def test_a_pretrained_model_needs_no_judgement_and_claims_no_probability(tmp_path: Path) -> None:
     spec = tiny_clip(tmp_path)
     options = AlignOptions(model=spec, batch_size=8)
-    table = pa.concat_tables(
-        align(IDS[:9], read, VOCABULARY, judgements().iloc[:0], options, cache_dir=tmp_path / "cache")
-    )
+    table = without_judgements(IDS[:9], options, tmp_path / "cache")
     assert table.column("probability").null_count == 18
     assert table.column("heatmap").combine_chunks().value_lengths().unique().to_pylist() == [4]
     aligner = load_aligner(spec)
@@ -192,10 +166,7 @@ def test_large_images_get_more_cells_and_small_ones_the_same(tmp_path: Path) -> 
 
     options = AlignOptions(model=tiny_clip(tmp_path), batch_size=4, tile_above=2.0, tile_overlap=0.5)
     bare = options.model_copy(update={"tile_above": None})
-    tiled, whole = (
-        pa.concat_tables(align(IDS[:6], mixed, VOCABULARY, judgements().iloc[:0], o, cache_dir=tmp_path / "cache"))
-        for o in (options, bare)
-    )
+    tiled, whole = (without_judgements(IDS[:6], o, tmp_path / "cache", mixed) for o in (options, bare))
     assert tiled.column("image_id").to_pylist() == list(np.repeat(IDS[:6], 2))
     # 100 × 140 px in tiles of 32 px (2 × 2 cells) that overlap by half: four a side, as many as may be.
     assert tiled.column("grid_h").to_pylist() == [2, 2, 5, 5] * 3
@@ -204,9 +175,7 @@ def test_large_images_get_more_cells_and_small_ones_the_same(tmp_path: Path) -> 
     similarity = [t.column("similarity").to_numpy().reshape(6, 2) for t in (tiled, whole)]
     np.testing.assert_allclose(similarity[0][::2], similarity[1][::2], atol=1e-6)
     assert np.abs(similarity[0][1::2] - similarity[1][1::2]).max() > 1e-4
-    again = pa.concat_tables(
-        align(IDS[:6], mixed, VOCABULARY, judgements().iloc[:0], options, cache_dir=tmp_path / "cache")
-    )
+    again = without_judgements(IDS[:6], options, tmp_path / "cache", mixed)
     np.testing.assert_allclose(again.column("similarity").to_numpy(), similarity[0].ravel(), atol=1e-6)
 
 
@@ -228,8 +197,7 @@ def test_wordings_are_name_and_synonyms_and_references_deny_and_confuse() -> Non
 
 
 def test_nothing_to_align_is_no_table(tmp_path: Path) -> None:
-    options = AlignOptions()
-    assert list(align(IDS, read, Vocabulary(), judgements(), options, cache_dir=tmp_path)) == []
+    assert list(align(AlignmentInputs(IDS, read, Vocabulary(), judgements(), AlignOptions(), tmp_path))) == []
 
 
 def test_concepts_of_one_name_are_told_apart_by_their_group() -> None:

@@ -235,3 +235,15 @@ def test_synonyms_are_averaged_as_units() -> None:
     mean = rows[:3].mean(0)
     np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), rtol=1e-5)
     np.testing.assert_allclose(found[1], rows[3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET, TIMM_VIT, TIMM_CNN], ids=["vit", "resnet", "timm_vit", "timm_cnn"])
+def test_in_bfloat16_cells_are_nearly_the_same_and_come_back_as_float32(vision: dict[str, Any]) -> None:
+    aligner = aligner_of(vision)
+    half = replace(aligner, bfloat16=True)
+    batch = random_batch(aligner)
+    exact, rough = aligner.features(batch), half.features(batch)
+    assert rough.cells.dtype == rough.pooled.dtype == torch.float32
+    assert not torch.equal(exact.cells, rough.cells)
+    assert torch.nn.functional.cosine_similarity(exact.cells, rough.cells, dim=-1).min() > 0.98
+    assert aligner.fingerprint != half.fingerprint

@@ -9,18 +9,16 @@ import pytest
 
 from annotation.trust.agreement import Source, agreement
 from annotation.trust.audit import (
-    COLUMNS,
-    DESIGN_COLUMNS,
-    SHEET_COLUMNS,
     AuditOptions,
     advice,
     answered_cells,
     answers_of,
-    draw,
     read_audit,
     samples_of,
     score,
+    without_experts,
 )
+from annotation.trust.draw import DrawOptions, draw
 from annotation.trust.fuse import fuse
 from annotation.trust.intervals import audited
 from data_contracts.concepts import Concept, Vocabulary
@@ -70,7 +68,11 @@ def machine_labels() -> pd.DataFrame:
 
 
 def drawn(n_cells: int = 200, seed: int = 0) -> pd.DataFrame:
-    return draw(machine_labels(), IMAGES, VOCABULARY, AuditOptions(n_cells=n_cells, seed=seed))
+    return draw(lambda: [machine_labels()], IMAGES, VOCABULARY, DrawOptions(n_cells=n_cells, seed=seed))
+
+
+def scored(audit: pd.DataFrame, judgements: pd.DataFrame) -> pd.DataFrame:
+    return score(audit, judgements, None, fuse(without_experts(judgements), None, VOCABULARY), VOCABULARY)
 
 
 def filled(cells: pd.DataFrame) -> pd.DataFrame:
@@ -86,98 +88,25 @@ def sensitivity_of_m(audit: pd.DataFrame) -> float:
     return audited(samples_of(cells, Source(said, said), np.asarray(IDS, object), VOCABULARY))[0].sensitivity.value
 
 
-def test_the_draw_has_the_asked_size_once_each_and_no_test_or_rejected_image() -> None:
-    cells = drawn()
-    assert list(cells.columns) == COLUMNS
-    assert len(cells) == 200
-    assert not cells.duplicated(["image_id", "concept_id"]).any()
-    assert set(cells["image_id"]) <= set(IDS[:700])
-    assert set(cells["answer"]) == {""}
-    assert set(cells["definition"]) == {"Seen well.", "Seen badly."}
-
-
-def test_the_draw_is_seeded() -> None:
-    pd.testing.assert_frame_equal(drawn(), drawn())
-    assert not drawn(seed=1)["image_id"].equals(drawn()["image_id"])
-
-
-def test_inclusion_probabilities_stand_for_the_whole_population() -> None:
-    totals = [(1 / drawn(seed=seed)["inclusion_probability"]).sum() for seed in range(20)]
-    assert np.mean(totals) == pytest.approx(700 * 2, rel=0.02)
-
-
-def test_the_sheet_shows_nothing_that_depends_on_the_machine() -> None:
-    assert not set(SHEET_COLUMNS) & {"stratum", "inclusion_probability", "round"}
-    assert set(COLUMNS) == set(SHEET_COLUMNS) | set(DESIGN_COLUMNS)
-
-
-def test_no_cell_stands_for_more_than_the_even_share_allows() -> None:
-    even = draw(machine_labels(), IMAGES, VOCABULARY, AuditOptions(even_share=1))
-    assert even.groupby("stratum")["inclusion_probability"].nunique().max() == 1
-    labels = machine_labels().assign(disagreement=np.where(np.arange(2 * N) % 40 == 0, 1.0, 0.0), probability=0.01)
-    n_of_concept = 700
-    mixed = draw(labels, IMAGES, VOCABULARY, AuditOptions(n_cells=100))
-    n_drawn = mixed["concept_id"].map(mixed["concept_id"].value_counts())
-    assert mixed["inclusion_probability"].nunique() > 1
-    assert (1 / mixed["inclusion_probability"] <= 2 * n_of_concept / n_drawn + 1e-6).all()
-
-
-def test_cells_whose_answer_changes_more_are_asked_more_often() -> None:
-    n = 2000
-    labels = pd.DataFrame(
-        {
-            "image_id": [f"i{i:04d}" for i in range(n)],
-            "concept_id": "good",
-            "probability": 0.2,
-            "decided_by": "vlm",
-            "disagreement": np.where(np.arange(n) < n // 2, 0.9, 0.0),
-        }
-    )
-    images = labels[["image_id"]].assign(path="p", label="x", split="train", rejected=None)
-    cells = draw(labels, images, VOCABULARY, AuditOptions(n_cells=300))
-    disputed = cells["image_id"].isin(labels["image_id"][: n // 2])
-    assert disputed.mean() > 0.55
-    weight = 1 / cells["inclusion_probability"]
-    assert weight[disputed].sum() / weight.sum() == pytest.approx(0.5, abs=0.02)
-
-
-def test_a_second_round_asks_new_cells_of_what_is_needed_only() -> None:
-    first = drawn(100)
-    more = draw(machine_labels(), IMAGES, VOCABULARY, AuditOptions(n_cells=80), asked=first, need={"bad": 1.0})
-    assert set(more["concept_id"]) == {"bad"}
-    assert set(more["round"]) == {2}
-    assert len(more) == 80
-    assert more.merge(first, on=["image_id", "concept_id"]).empty
-    assert not set(more["stratum"]) & set(first["stratum"])
-
-
 def test_two_rounds_together_are_unbiased() -> None:
-    labels = machine_labels()
     said = ledger().query("witness_model == 'm' and concept_id == 'good'")["state"].eq("present").to_numpy()[:700]
     found = []
     for seed in range(16):
         first = drawn(120, seed)
         more = draw(
-            labels, IMAGES, VOCABULARY, AuditOptions(n_cells=120, seed=seed), asked=first, need={"good": 1, "bad": 0.3}
+            lambda: [machine_labels()],
+            IMAGES,
+            VOCABULARY,
+            DrawOptions(n_cells=120, seed=seed),
+            asked=first,
+            need={"good": 1, "bad": 0.3},
         )
         found.append(sensitivity_of_m(filled(pd.concat([first, more], ignore_index=True))))
     assert np.mean(found) == pytest.approx(said[TRUTH[:700, 0]].mean(), abs=0.025)
 
 
-def test_both_classes_and_every_stratum_are_asked() -> None:
-    cells = drawn().merge(IMAGES[["image_id", "label"]], on="image_id")
-    assert cells.groupby("stratum")["label"].nunique().min() == 2
-    assert cells["concept_id"].value_counts().min() > 50
-
-
-def test_asking_for_more_than_there_is_gives_everything() -> None:
-    cells = drawn(10_000)
-    assert len(cells) == 1400
-    assert set(cells["inclusion_probability"]) == {1.0}
-
-
 def test_where_everything_was_asked_the_interval_is_the_number_itself() -> None:
-    table = score(filled(drawn(10_000)), ledger(), None, VOCABULARY).set_index(["witness", "concept_id"])
+    table = scored(filled(drawn(10_000)), ledger()).set_index(["witness", "concept_id"])
     row = table.loc[("vlm:m", "good")]
     said = ledger().query("witness_model == 'm' and concept_id == 'good'")["state"].eq("present").to_numpy()[:700]
     assert row["kappa"] == pytest.approx(agreement(said * 1.0, TRUTH[:700, 0] * 1.0).kappa.value)
@@ -187,7 +116,7 @@ def test_where_everything_was_asked_the_interval_is_the_number_itself() -> None:
 def test_unanswered_cells_are_stood_for_by_their_stratum() -> None:
     cells = filled(drawn(400))
     some = cells.assign(answer=np.where(np.arange(400) % 2 == 0, cells["answer"], ""))
-    whole, half = (score(c, ledger(), None, VOCABULARY).set_index(["witness", "concept_id"]) for c in (cells, some))
+    whole, half = (scored(c, ledger()).set_index(["witness", "concept_id"]) for c in (cells, some))
     assert half.loc[("vlm:m", "good"), "n"] < whole.loc[("vlm:m", "good"), "n"]
     assert half.loc[("vlm:m", "good"), "prevalence"] == pytest.approx(
         whole.loc[("vlm:m", "good"), "prevalence"], abs=0.08
@@ -226,12 +155,6 @@ def test_advice_says_why_and_how_many_more() -> None:
     assert nothing["n_more_cells"] >= 5
 
 
-def test_cells_a_person_decided_are_not_asked_again() -> None:
-    expert = ledger().head(1400).assign(witness="expert", witness_model="dr")
-    labels = fuse(pd.concat([ledger(), expert]), None, VOCABULARY)
-    assert draw(labels, IMAGES, VOCABULARY, AuditOptions()).empty
-
-
 def test_answers_come_back_as_expert_judgements() -> None:
     cells = drawn(6).assign(answer=["1", "absent", " Yes ", "?", "", "0.0"])
     found = read_audit(cells, IMAGES, VOCABULARY, reviewer="dr", created_at=NOW)
@@ -268,7 +191,7 @@ def test_a_file_that_is_no_audit_is_refused() -> None:
 
 
 def test_scores_tell_the_good_concept_from_the_bad() -> None:
-    table = score(filled(drawn(300)), ledger(), None, VOCABULARY).set_index(["witness", "concept_id"])
+    table = scored(filled(drawn(300)), ledger()).set_index(["witness", "concept_id"])
     good, bad = table.loc[("fused", "good")], table.loc[("fused", "bad")]
     assert (good["recommendation"], bad["recommendation"]) == ("keep", "drop")
     assert good["kappa_low"] > 0.6
@@ -279,8 +202,8 @@ def test_scores_tell_the_good_concept_from_the_bad() -> None:
 def test_experts_own_answers_do_not_flatter_the_fused_labels() -> None:
     cells = filled(drawn(300))
     expert = read_audit(cells, IMAGES, VOCABULARY, reviewer="dr", created_at=NOW)
-    with_expert = score(cells, pd.concat([ledger(), expert]), None, VOCABULARY)
-    pd.testing.assert_frame_equal(with_expert, score(cells, ledger(), None, VOCABULARY))
+    with_expert = scored(cells, pd.concat([ledger(), expert]))
+    pd.testing.assert_frame_equal(with_expert, scored(cells, ledger()))
 
 
 def test_weighted_scores_are_unbiased_for_the_population() -> None:
@@ -290,7 +213,7 @@ def test_weighted_scores_are_unbiased_for_the_population() -> None:
 
 
 def test_too_few_answers_ask_for_a_stated_number_more() -> None:
-    table = score(filled(drawn(24)), ledger(), None, VOCABULARY).set_index(["witness", "concept_id"])
+    table = scored(filled(drawn(24)), ledger()).set_index(["witness", "concept_id"])
     open_ones = table.loc["fused"].query("recommendation == 'ask_again'")
     assert (open_ones["n_more_cells"].dropna() >= 1).all()
     assert len(open_ones) >= 1

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from annotation.trust.fuse import NOBODY, FuseOptions, Fusion, disagreements, fuse, learn_fusion, sample_shards
+from annotation.trust.fuse import NOBODY, FuseOptions, fuse, learn_fusion
+from annotation.trust.gather import BY_THRESHOLD
+from annotation.trust.sample import sample_shards
 from annotation.trust.thresholds import ThresholdOptions, fit_thresholds
 from data_contracts.concepts import Concept, Vocabulary
 from data_contracts.errors import ConfigurationError
@@ -158,11 +160,11 @@ def test_decided_by_names_whoever_spoke() -> None:
 
 
 def test_with_thresholds_alignment_votes_by_the_papers_rule() -> None:
-    thresholds = fit_thresholds(scores(), noisy_vlm(), ThresholdOptions(abstain_fraction=0.0))
-    fusion = Fusion(noisy_vlm(), scores(), PLAIN, FuseOptions(), thresholds=thresholds)
-    assert ("alignment", "threshold") in fusion.voters
-    assert not np.isfinite(fusion.evidence.score).any()
-    assert accuracy(fusion.labels()) > accuracy(fuse(noisy_vlm(), None, PLAIN))
+    cuts = fit_thresholds(noisy_vlm(), scores(), PLAIN, ThresholdOptions(abstain_fraction=0.0))
+    fusion = learn_fusion(noisy_vlm(), scores(), PLAIN, thresholds=cuts)
+    assert BY_THRESHOLD in fusion.voters
+    assert (fusion.model.slope == 0).all()
+    assert accuracy(fusion.labels(noisy_vlm(), scores())) > accuracy(fuse(noisy_vlm(), None, PLAIN))
 
 
 def test_a_wider_band_abstains_more_and_errs_less() -> None:
@@ -178,14 +180,15 @@ def test_chunks_and_sampling_change_nothing_that_matters() -> None:
     pd.testing.assert_frame_equal(whole, parts)
     # Experts show the judge to err on the sample as on the whole: without them 200 images are too few to tell.
     judgements = pd.concat([noisy_vlm(), experts_on(IDS[:40])])
-    sampled = Fusion(judgements, scores(), GROUPED, FuseOptions(max_fit_images=200))
-    every = Fusion(judgements, scores(), GROUPED, FuseOptions())
+    sampled = learn_fusion(judgements, scores(), GROUPED, FuseOptions(max_fit_images=200))
+    every = learn_fusion(judgements, scores(), GROUPED)
     assert max(sampled.model.sensitivity.max(), every.model.sensitivity.max()) < 0.95
-    assert np.abs(sampled.labels()["probability"] - every.labels()["probability"]).mean() < 0.03
+    one, other = (fusion.labels(judgements, scores())["probability"] for fusion in (sampled, every))
+    assert np.abs(one - other).mean() < 0.03
 
 
 def test_reliability_is_reported_per_witness_and_concept() -> None:
-    table = Fusion(noisy_vlm(0.25), scores(), PLAIN, FuseOptions()).reliability()
+    table = learn_fusion(noisy_vlm(0.25), scores(), PLAIN).reliability()
     assert table["concept_id"].tolist() == ["a", "b", "c"]
     assert table["sensitivity"].mean() == pytest.approx(0.75, abs=0.1)
     assert table["specificity"].mean() == pytest.approx(0.75, abs=0.1)
@@ -252,10 +255,24 @@ def test_a_witness_that_was_never_learned_is_refused() -> None:
         learned.labels(judged(np.full((1, 3), "present"), model="stranger", ids=IDS[:1]), None)
 
 
-def test_settled_images_are_always_learned_from() -> None:
-    judgements = pd.concat([noisy_vlm(0.4), experts_on(IDS[:40])])
-    fusion = Fusion(judgements, None, PLAIN, FuseOptions(max_fit_images=80))
-    assert np.isfinite(fusion.evidence.decided[fusion._learners(None)]).any(1).sum() == 40
+def test_a_witness_that_the_sample_did_not_hear_is_known_by_name() -> None:
+    late = judged(np.full((1, 3), "present"), model="late", ids=IDS[:1])
+    learned = learn_fusion(noisy_vlm(), scores(), PLAIN, voters=(("vlm", "late"), ("vlm", "m")))
+    labels = learned.labels(pd.concat([noisy_vlm().head(3), late]), None)
+    heard = learned.labels(noisy_vlm().head(3), None)
+    assert (labels["probability"] > heard["probability"]).all()
+
+
+def test_absences_that_are_asked_to_be_right_are() -> None:
+    asked = fuse(noisy_vlm(), scores(), PLAIN, FuseOptions(min_npv=0.99))
+    plain = fuse(noisy_vlm(), scores(), PLAIN)
+
+    def npv(labels: pd.DataFrame) -> float:
+        called = (~labels["present"].fillna(True)).to_numpy(bool)
+        return float(1 - truth().ravel()[called].mean())
+
+    assert npv(plain) + 0.005 < npv(asked) > 0.98
+    assert asked["present"].isna().sum() > plain["present"].isna().sum()
 
 
 def test_a_good_judge_is_not_talked_down_by_a_score_that_knows_little() -> None:
@@ -269,11 +286,12 @@ def test_a_good_judge_is_not_talked_down_by_a_score_that_knows_little() -> None:
 
 def test_few_images_and_no_expert_leave_a_poor_judge_trusted() -> None:
     """A known limit, not a wish: nothing on 200 images tells a poor judge from a score that knows little."""
-    fusion = Fusion(noisy_vlm(0.3), scores(), PLAIN, FuseOptions(max_fit_images=200))
+    options, shown = FuseOptions(max_fit_images=200), pd.concat([noisy_vlm(0.3), experts_on(IDS[:40])])
+    fusion = learn_fusion(noisy_vlm(0.3), scores(), PLAIN, options)
     assert fusion.model.sensitivity.min() > 0.95
-    shown = Fusion(pd.concat([noisy_vlm(0.3), experts_on(IDS[:40])]), scores(), PLAIN, FuseOptions(max_fit_images=200))
-    assert shown.model.sensitivity.max() < 0.95
-    assert accuracy(shown.labels()) > accuracy(fusion.labels()) + 0.05
+    audited = learn_fusion(shown, scores(), PLAIN, options)
+    assert audited.model.sensitivity.max() < 0.95
+    assert accuracy(audited.labels(shown, scores())) > accuracy(fusion.labels(noisy_vlm(0.3), scores())) + 0.05
 
 
 def test_precision_that_is_asked_for_is_had_and_costs_coverage() -> None:
@@ -286,25 +304,3 @@ def test_precision_that_is_asked_for_is_had_and_costs_coverage() -> None:
 
     assert precision(plain) + 0.03 < precision(asked) > 0.93
     assert asked["present"].isna().sum() > plain["present"].isna().sum()
-
-
-def test_disagreements_come_most_informative_first_with_what_each_witness_said() -> None:
-    judgements = pd.concat([noisy_vlm(), experts_on(IDS[:30])])
-    aligned = scores().assign(probability=lambda f: (f["similarity"] > 0.1) * 0.8 + 0.1)
-    labels = fuse(judgements, aligned, PLAIN)
-    found = disagreements(labels, judgements, aligned, PLAIN)
-    assert len(found) > 100
-    assert not found["image_id"].isin(IDS[:30]).any()
-    assert found["information"].is_monotonic_decreasing
-    assert found["information"].between(0, 1).all()
-    assert ((found["vlm m"] > 0.5) != (found["alignment"] > 0.5)).mean() > 0.9
-    first = found.iloc[0]
-    label = cell(labels, first["image_id"], first["concept_id"])
-    assert (first["probability"], first["disagreement"]) == (label["probability"], label["disagreement"])
-    pd.testing.assert_frame_equal(disagreements(labels, judgements, aligned, PLAIN, n_rows=7), found.head(7))
-
-
-def test_disagreements_of_a_silent_run_are_an_empty_table() -> None:
-    found = disagreements(fuse(noisy_vlm().iloc[:0], None, PLAIN), noisy_vlm().iloc[:0], None, PLAIN)
-    assert found.columns.tolist()[:5] == ["image_id", "concept_id", "probability", "disagreement", "information"]
-    assert len(found) == 0

@@ -1,22 +1,18 @@
-"""Honesty tests on made scores, and maps against made lesions."""
+"""Honesty tests on made scores."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from annotation.alignment.nulls import Null, NullKind
 from annotation.trust.honesty import (
     HonestyOptions,
     Verdict,
     added,
-    box_mask,
-    cell_coverage,
     count_nulls,
     honesty_table,
-    map_iou,
-    pointing_hit,
     refusals,
+    untested,
     verdicts,
 )
 
@@ -96,30 +92,30 @@ def test_random_concepts_pass_no_more_often_than_the_interval_says() -> None:
     assert passed <= 0.045  # one side of a 95 % interval, with its sampling error
 
 
-def test_a_cells_coverage_is_its_share_of_the_mask_at_any_size() -> None:
-    mask = box_mask((2, 0, 5, 7), (7, 10))
-    coverage = cell_coverage(mask, (2, 3))
-    assert coverage.mean() == pytest.approx(mask.mean())
-    np.testing.assert_allclose(coverage[0], [4 / 10, 5 / 10, 0])
+def test_what_could_not_be_told_says_how_many_images_would_tell() -> None:
+    few, rng = slice(0, 60), np.random.default_rng(7)
+    made = [Null(NullKind.NULL_PROMPT, rng.standard_normal((1, 60, 3)))]
+    table = honesty_table(count_nulls(OWN[few], ANSWERS[few], made), IDS)
+    said = untested(table, {"random": "Random one"})
+    assert set(said) == {"random"}
+    assert "'Random one'" in said["random"]
+    assert "on 60 judged images" in said["random"]
+    n_needed = int(table.set_index("concept_id").at["random", "n_needed"])
+    assert f"About {n_needed} judged images would tell" in said["random"]
+    # So many images are indeed enough to tell, and half of them are not.
+    for n, expected in ((n_needed + 60, Verdict.FAILS), (n_needed // 2, Verdict.TOO_FEW)):
+        noise = [Null(NullKind.NULL_PROMPT, rng.standard_normal((1, n, 3)))]
+        assert verdicts(honesty_table(count_nulls(OWN[:n], ANSWERS[:n], noise), IDS))["random"] == expected
 
 
-def test_pointing_hits_where_the_hottest_cell_meets_the_lesion() -> None:
-    mask = box_mask((60, 60, 80, 80), (100, 100))
-    heat = np.zeros((10, 10))
-    heat[7, 6] = 1
-    assert pointing_hit(heat, mask) == 1
-    assert pointing_hit(heat.T[::-1], mask) == 0
-    assert pointing_hit(np.zeros((10, 10)), mask) == pytest.approx(0.04)
-    assert np.isnan(pointing_hit(heat, np.zeros((100, 100), bool)))
+def test_one_answer_throughout_is_said_in_words_without_a_number() -> None:
+    made = [Null(NullKind.NULL_PROMPT, RNG.standard_normal((1, 60, 3)))]
+    table = honesty_table(count_nulls(OWN[:60], np.ones((60, 3)), made), IDS)
+    assert table["n_needed"].isna().all()
+    assert all("do not hold both answers" in sentence for sentence in untested(table).values())
+    assert len(untested(table)) == 3
 
 
-def test_iou_is_that_of_areas() -> None:
-    mask = box_mask((50, 0, 100, 100), (100, 100))
-    heat = np.tile([0.0, 1.0], (2, 1))
-    assert map_iou(heat, mask, 0.5) == pytest.approx(1)
-    assert map_iou(1 - heat, mask, 0.5) == 0
-    half = np.array([[0.0, 1.0], [0.0, 0.0]])
-    assert map_iou(half, mask, 0.5) == pytest.approx(0.5)
-    assert map_iou(10 * heat - 3, mask) == pytest.approx(1)  # as much area as the lesion has, whatever the scale
-    assert map_iou(np.zeros((2, 2)), mask) == pytest.approx(1 / 3)
-    assert np.isnan(map_iou(heat, np.zeros((100, 100), bool)))
+def test_what_fails_is_not_called_untested() -> None:
+    table = honesty_table(count_nulls(OWN, ANSWERS, nulls()), IDS)
+    assert untested(table) == {}

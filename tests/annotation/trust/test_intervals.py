@@ -42,6 +42,15 @@ def test_five_cells_that_happen_to_agree_are_no_certainty() -> None:
     assert found.auroc.low < 0.9
 
 
+def test_few_concepts_that_happen_to_agree_do_not_make_each_other_certain() -> None:
+    # Every answer as its stratum has it: the design effect is measured as none, from two cells a stratum.
+    answers = np.array([1.0, 1, 0, 0, 0])
+    lucky = Sample(answers, answers, np.full(5, 8.0), np.array([0, 0, 1, 1, 1]), np.full(5, 0.9), answers)
+    for found in audited([lucky, lucky]):
+        assert found.kappa.low < 0.7
+        assert found.ppv.low < 0.8
+
+
 def test_more_cells_make_a_narrower_interval() -> None:
     small, large = (audited([sample(n, seed) for seed in range(6)]) for n in (15, 400))
     width = [np.mean([f.kappa.high - f.kappa.low for f in found]) for found in (small, large)]

@@ -13,7 +13,9 @@ from data_contracts.errors import DropReason
 IMAGES = pd.DataFrame(
     {"image_id": [f"i{i}" for i in range(40)], "label": ["x", "y"] * 20, "split": "train", "rejected": None}
 )
-FAILED = pd.DataFrame([["noise", "permutation", 40, 0.5, 0.5, 0.0, -0.04, 0.04, True, "fails"]], columns=list(HONESTY))
+FAILED = pd.DataFrame(
+    [["noise", "permutation", 40, 0.5, 0.5, 0.0, -0.04, 0.04, True, "fails", 0.0]], columns=list(HONESTY)
+)
 
 
 def ledger(witness: str, model: str, **states: list[str]) -> pd.DataFrame:

@@ -1,0 +1,1 @@
+"""Labels for other programs: Label Studio, FiftyOne, and COCO-style JSON."""
