@@ -8,7 +8,8 @@ done once and does not grow with the number of images beyond `max_fit_images`.
 
 The two take turns, shard by shard: each shard of an alignment is held against the mean of the bare tower's time on the
 same images just before and just after it. So a machine that slows down slows both, and what is left of the noise shows
-in the spread over shards. Processor time (all threads) is steadier still on a busy machine.
+in the spread over shards. Processor time (all threads) is steadier still on a busy machine, most of all with
+`--threads 1`: threads that wait for one that was interrupted count as busy.
 """
 
 from __future__ import annotations
@@ -107,7 +108,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--shard-size", type=int, default=128, help="images of one pair; a run's own default is 256")
+    parser.add_argument("--threads", type=int, default=0, help="threads of the tower; 0: as many as torch takes")
     chosen = parser.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
     paths = sorted(str(p) for p in chosen.images.rglob("*") if p.is_file())[: chosen.n]
     options = AlignOptions(
         model=chosen.model, device=chosen.device, batch_size=chosen.batch_size, shard_size=chosen.shard_size

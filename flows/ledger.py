@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import pandas as pd
 
 from data_contracts.concepts import Vocabulary
@@ -33,6 +37,31 @@ def merge_concepts(stored: pd.DataFrame | None, added: pd.DataFrame) -> pd.DataF
         return stored
     first = int(stored["position"].max()) + 1 if stored["position"].notna().any() else 0
     return pd.concat([stored, new.assign(position=range(first, first + len(new)))], ignore_index=True)
+
+
+def keep_edits(stored: pd.DataFrame | None, proposed: pd.DataFrame) -> pd.DataFrame:
+    """Newly proposed concepts, with what people added, renamed, merged, split or dropped before left as they put it."""
+    if stored is None or stored.empty:
+        return proposed
+    edited = stored[[_is_edited(row) for row in stored.to_dict("records")]]
+    if edited.empty:
+        return proposed
+    others = proposed[~proposed["concept_id"].isin(edited["concept_id"])]
+    first = int(others["position"].max()) + 1 if others["position"].notna().any() else 0
+    return pd.concat([others, edited.assign(position=range(first, first + len(edited)))], ignore_index=True)
+
+
+_BY_A_PERSON = re.compile(
+    r"(added|renamed|defined anew|dropped|kept|merged|split|edited|'.*' merged into it)\b.* (by|in) "
+)
+
+
+def _is_edited(row: Mapping[Hashable, Any]) -> bool:
+    """Whether a person's hand shows: in origin or reason, or in a note of the review page or an edited sheet."""
+    if row["origin"] == ConceptOrigin.USER or row["reason"] == DropReason.BY_USER:
+        return True
+    notes: Any = row.get("provenance")
+    return hasattr(notes, "__len__") and any(_BY_A_PERSON.match(str(note)) for note in notes)
 
 
 def asked_concepts(concepts: pd.DataFrame) -> pd.DataFrame:

@@ -111,8 +111,9 @@ def _resample(dataset: AlignedDataset, trials: list[Trial], clusters: Ints, y: I
     n_done = 0
     for weights in resamples(clusters, y, N_RESAMPLES):
         for name, blocks in parts.items():
-            if n_done < N_RANKED_RESAMPLES or not metrics[0][name].is_ranked:
-                blocks.append(np.stack([values_of(its[name], weights) for its in metrics]))
+            wanted = N_RANKED_RESAMPLES if metrics[0][name].is_ranked else N_RESAMPLES
+            if (drawn := weights[: max(0, wanted - n_done)]).size:
+                blocks.append(np.stack([values_of(its[name], drawn) for its in metrics]))
         n_done += len(weights)
     return {
         name: _Resampled(np.array([its[name] for its in plain]), np.concatenate(blocks, axis=1))

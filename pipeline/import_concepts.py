@@ -86,7 +86,10 @@ def read_concept_edits(path: Path, concepts: pd.DataFrame) -> ConceptEdits:
         seen[concept_id] = number
         faults += _faults(number, cells)
         if concept_id in rows:
-            changes += _changed(number, rows[concept_id], cells)
+            changed = _changed(number, rows[concept_id], cells)
+            if changed:
+                rows[concept_id]["provenance"] = [*_notes(rows[concept_id]), f"edited in {path.name}"]
+            changes += changed
         elif cells.get("name"):
             rows[concept_id] = _new(concept_id, cells, len(rows), path.name)
             changes.append(Change(number, concept_id, "concept", "", cells["name"]))
@@ -160,6 +163,11 @@ def _clashes(rows: dict[str, Row]) -> list[str]:
     if not names:
         found.append("column 'status': expected at least one concept to be kept, all are dropped")
     return found
+
+
+def _notes(row: Row) -> list[str]:
+    notes: Any = row.get("provenance")
+    return list(notes) if hasattr(notes, "__len__") else []
 
 
 def _as_text(value: Any) -> str:

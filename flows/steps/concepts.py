@@ -17,7 +17,7 @@ from data_contracts.files import sha256_of_file
 from data_contracts.spreadsheet import write_csv
 from data_contracts.tables import CONCEPTS, ConceptOrigin, ConceptStatus, Split, vocabulary_of
 from flows.chain import Context, ShardRunner, Step, StepResult, is_fresh
-from flows.ledger import asked_vocabulary, merge_concepts, was_given
+from flows.ledger import asked_vocabulary, keep_edits, merge_concepts, was_given
 from flows.settings import ConceptSettings
 from flows.steps.images import accepted, image_reader
 
@@ -38,7 +38,8 @@ def _inputs(context: Context) -> Mapping[str, Any]:
     vlm, run = context.settings.vlm, context.run
     file = context.settings.concepts.file
     return {
-        "settings": context.settings.concepts.model_dump(mode="json"),
+        # Scales are for comparing experts: they change no concept.
+        "settings": context.settings.concepts.model_dump(mode="json", exclude={"ordinal_groups"}),
         "file": sha256_of_file(file) if file and file.is_file() else None,
         "modality": context.settings.source.modality,
         "endpoint": [vlm.base_url, vlm.model],
@@ -60,7 +61,8 @@ def _work(context: Context, _shards: ShardRunner) -> StepResult:
     elif stored is not None and was_given(stored):
         concepts = stored
     else:
-        concepts, warnings, cost = _proposed(context)
+        proposed, warnings, cost = _proposed(context)
+        concepts = keep_edits(stored, proposed)
     run.write_concepts(concepts)
     kept = concepts["status"] == ConceptStatus.KEPT
     if not kept.any():

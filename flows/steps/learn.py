@@ -113,7 +113,8 @@ def _explain_inputs(context: Context) -> Mapping[str, Any]:
         "dataset": _train_inputs(context)["dataset"],
         "settings": context.settings.explain.model_dump(mode="json"),
         "regions": regions_fingerprint(context),
-        "subgroups": {str(path): sha256_of_file(path) for path in _subgroup_files(context) if path.is_file()},
+        # By name: a run folder may be moved.
+        "subgroups": {path.name: sha256_of_file(path) for path in _subgroup_files(context) if path.is_file()},
     }
 
 

@@ -109,8 +109,8 @@ def _but(use: ConceptUse) -> str:
     if not lost.low > 0 or truths.value >= _FEW * lost.value:
         return ""
     return (
-        " But little of it depends on whether a concept is present or absent: the class layer uses what else the "
-        "concepts' embeddings hold, which their names do not describe and corrections do not reach."
+        " Little of that depends on whether a concept is present or absent: the class layer uses what else the "
+        "concepts' embeddings hold, which their names do not describe."
     )
 
 
@@ -139,7 +139,7 @@ def _hidden(use: ConceptUse) -> str:
     has_side = _of(use, "share_through_concepts").control_is != BY_CONSTRUCTION
     lines = [
         f"- Every concept hidden (given its mean over the training images): {_falls(lost.interval)}."
-        + (f" If the direct way is hidden instead, {100 * lost.control:.1f} points are lost." if has_side else ""),
+        + (f" With the direct way hidden instead, the loss is {100 * lost.control:.1f} points." if has_side else ""),
         f"- Concepts of another image: {_falls(shuffled.interval)}; {100 * shuffled.control:.1f} points could be lost. "
         "Here the class layer is misled, not only left without knowledge.",
         f"- Only the truth values hidden, which are what a person reads and corrects: {_falls(truths.interval)}."
@@ -225,19 +225,19 @@ def _carried(use: ConceptUse) -> str:
         leaks = [use.of(f"leakage_{kind}_{given}") for kind in ("linear", "non_linear")]
         largest = max((leak for leak in leaks if leak is not None), key=lambda m: m.interval.value, default=None)
         if largest is not None:
-            lines.append(_leak_words(largest, words))
+            lines.append(_leak_words(largest, words, 1 - labels.interval.value))
     return "\n".join(lines)
 
 
-def _leak_words(leak: Measure, words: str) -> str:
+def _leak_words(leak: Measure, words: str, left: float) -> str:
     verdict = (
         "they carry knowledge of the class that their names do not"
         if leak.interval.low > 0
         else "no leak that can be told from chance"
     )
     return (
-        f"- Leakage: {words} beside the labels add {points(leak.interval)} (those of another image: "
-        f"{100 * leak.control:.1f}): {verdict}."
+        f"- Leakage: {words} beside the labels add {points(leak.interval)}, of {100 * left:.1f} that "
+        f"the labels leave over (those of another image: {100 * leak.control:.1f}): {verdict}."
     )
 
 
@@ -251,7 +251,7 @@ def _decimal(interval: Interval) -> str:
 def _single(use: ConceptUse) -> str:
     table = use.knock_out
     sure = table[(table["p_corrected"] < 0.05) & (table["drop"] > 0)]
-    top = table.head(5)
+    top = table.sort_values("drop", ascending=False, kind="stable").head(5)
     shown = "; ".join(
         f"{row['concept']} {100 * row['drop']:.1f} points ({100 * row['changed']:.1f} % of decisions change)"
         for row in top.to_dict("records")

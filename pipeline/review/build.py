@@ -18,6 +18,7 @@ from pipeline.review.wide import Cells
 SHOWN = ("image_id", "path", "label", "split", "group_id", "modality", "width_px", "height_px")
 """What the page says of an image."""
 _BATCH_ROWS = 400_000
+_CHUNK_IMAGES = 200_000
 
 Advance = Callable[[str, float], None]
 """Progress: what is being read, and the share of it that is done."""
@@ -56,10 +57,6 @@ def hashes(image_ids: pd.Series) -> npt.NDArray[np.uint64]:
     return pd.util.hash_array(image_ids.to_numpy(dtype=object), categorize=False)
 
 
-def _hashes_of(chunk: pa.Array) -> npt.NDArray[np.uint64]:
-    return hashes(chunk.to_pandas())
-
-
 def _accepted(run: RunFolder, tell: Advance) -> pa.Table:
     tell("images", 0.0)
     batches = list(run.iterate_rows(IMAGES, [*SHOWN, "rejected"], _BATCH_ROWS))
@@ -80,19 +77,21 @@ def _read_labels(run: RunFolder, cells: Cells, images: pa.Table, concept_ids: tu
 
 
 def _store(connection: duckdb.DuckDBPyConnection, images: pa.Table, cells: Cells) -> None:
-    ids = np.concatenate([np.empty(0, np.uint64), *map(_hashes_of, images.column("image_id").chunks)])
-    described = images.append_column("position", pa.array(np.arange(len(ids), dtype=np.int32)))
-    described = described.append_column("id_hash", pa.array(ids))
-    # Registered by name: DuckDB reads Arrow memory in place.
-    connection.register("described", described)
-    connection.register("given_cells", cells.table())
-    connection.execute(
-        """
-        CREATE TABLE images AS
-        SELECT i.*, lower(i.path) AS path_lower, lower(coalesce(i.label, '')) AS label_lower,
-               c.*
-        FROM described i POSITIONAL JOIN given_cells c
-        """
-    )
-    connection.unregister("described")
-    connection.unregister("given_cells")
+    """Write images and cells side by side, some at a time: copies of everything would not fit."""
+    for first in range(0, max(1, images.num_rows), _CHUNK_IMAGES):
+        last = min(first + _CHUNK_IMAGES, images.num_rows)
+        described = images.slice(first, last - first)
+        numbers = pa.array(np.arange(first, last, dtype=np.int32))
+        described = described.append_column("position", numbers)
+        described = described.append_column("id_hash", pa.array(hashes(described.column("image_id").to_pandas())))
+        # Registered by name: DuckDB reads Arrow memory in place.
+        connection.register("described", described)
+        connection.register("given_cells", cells.of_images(first, last).table())
+        connection.execute(
+            f"""
+            {"INSERT INTO images" if first else "CREATE TABLE images AS"}
+            SELECT i.*, lower(i.path) AS path_lower, c.* FROM described i POSITIONAL JOIN given_cells c
+            """
+        )
+        connection.unregister("described")
+        connection.unregister("given_cells")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -69,8 +70,13 @@ class Condition(NamedTuple):
     parameters: list[Any]
 
 
-def condition(filters: Filters, vocabulary: Vocabulary, numbers: dict[str, int]) -> Condition:
-    """The images that pass; `numbers` are the columns of the concepts. What is no valid choice narrows nothing."""
+def condition(
+    filters: Filters, vocabulary: Vocabulary, numbers: dict[str, int], labels: Sequence[str] = ()
+) -> Condition:
+    """The images that pass; `numbers` are the columns of the concepts, `labels` all classes.
+
+    What is no valid choice narrows nothing.
+    """
     k = numbers.get(filters.concept) if filters.concept in vocabulary else None
     parts: list[Condition] = []
     for column in ("label", "split"):
@@ -90,7 +96,7 @@ def condition(filters: Filters, vocabulary: Vocabulary, numbers: dict[str, int])
             Condition(f"position IN (SELECT position FROM contested{only})", [] if k is None else [filters.concept])
         )
     parts += _range(filters, k)
-    parts += [_word(word) for word in filters.text.lower().split()[:MAX_WORDS]]
+    parts += [_word(word, labels) for word in filters.text.lower().split()[:MAX_WORDS]]
     return Condition(
         " AND ".join(f"({part.sql})" for part in parts) or "true", [p for c in parts for p in c.parameters]
     )
@@ -136,10 +142,11 @@ def percent_of(text: str) -> float | None:
     return value if math.isfinite(value) and 0 <= value <= 100 else None
 
 
-def _word(word: str) -> Condition:
+def _word(word: str, labels: Sequence[str]) -> Condition:
     """In the path, in the class, or the beginning of a word of the evidence."""
+    classes = [label for label in labels if word in label.lower()]
     return Condition(
-        "contains(path_lower, ?) OR contains(label_lower, ?) OR position IN "
+        "contains(path_lower, ?) OR label IN (SELECT unnest(?::VARCHAR[])) OR position IN "
         "(SELECT position FROM mentions WHERE word >= ? AND word < ?)",
-        [word, word, word, word + "\U0010ffff"],
+        [word, classes, word, word + "\U0010ffff"],
     )

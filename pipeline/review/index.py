@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -28,7 +29,7 @@ from pipeline.review.witnesses import read_rest
 
 FORMAT = 1
 """Version of the database; another one is built again."""
-MEMORY_LIMIT = "320MB"
+MEMORY_LIMIT = "280MB"
 N_THREADS = 2
 PATIENCE_S = 3.0
 """A page waits so long for a database before it shows how far the reading is. Small runs never get there."""
@@ -65,6 +66,8 @@ class Index:
     connection: duckdb.DuckDBPyConnection
     concept_ids: tuple[str, ...]
     write_lock: threading.RLock = field(default_factory=threading.RLock)
+    memo: dict[object, Any] = field(default_factory=dict)
+    """Answers about many images that hold until the next correction."""
     rest: float = 0.0
     """Share of the ledger and the alignment whose places and words are known."""
 
@@ -117,6 +120,7 @@ class Index:
                 # Somebody took parts out of the folder: what they said no longer counts.
                 forget(self.connection, self.numbers)
                 self._parts = set()
+                self.memo.clear()
             self.take_in([self.run.judgements_dir / name for name in sorted(there - self._parts)])
             self._ledger_time_ns = changed_ns if time.time_ns() - changed_ns > _SETTLED_NS else 0
 
@@ -126,6 +130,7 @@ class Index:
             if parts:
                 take_parts(self.connection, parts, self.numbers)
                 self._parts |= {path.name for path in parts}
+                self.memo.clear()
             if only_experts:
                 self.connection.execute("INSERT INTO read_parts SELECT unnest(?)", [[path.name for path in parts]])
                 self._read |= {path.name for path in parts}

@@ -13,6 +13,7 @@ from pipeline.review.index import Index
 from pipeline.review.wide import PROBABILITY_STEPS, by_expert, is_state, state_of
 
 PAGE_SIZE = 60
+_MAX_REMEMBERED = 200
 _DESCRIBED = ("position", "image_id", "path", "label", "split", "group_id", "width_px", "height_px")
 
 
@@ -40,6 +41,14 @@ class Neighbours(NamedTuple):
     n_found: int
 
 
+class _Found(NamedTuple):
+    """Some images in order, and how many pass all filters, and how many of those come before them."""
+
+    positions: list[int]
+    n_found: int
+    n_before: int
+
+
 class _Search(NamedTuple):
     """Filters as SQL, and where a page begins: a place in the order, not a number of rows to skip."""
 
@@ -47,70 +56,75 @@ class _Search(NamedTuple):
     where: Condition
     key: str
 
-    def count(self, more: str = "true", parameters: tuple[Any, ...] = ()) -> int:
-        sql = f"SELECT count(*) FROM images WHERE ({self.where.sql}) AND {more}"
-        return int(self.cursor.execute(sql, [*self.where.parameters, *parameters]).fetchall()[0][0])
+    def first(self, n: int) -> _Found:
+        """The first images."""
+        positions, n_found, _ = self._ask(n, "true", "false", ())
+        return _Found(positions, n_found, 0)
 
-    def take(
-        self, n: int, more: str = "true", parameters: tuple[Any, ...] = (), *, backwards: bool = False
-    ) -> list[int]:
-        direction = ("ASC", "DESC") if backwards else ("DESC", "ASC")
-        sort = f"position {direction[1]}" if self.key == "0" else f"{self.key} {direction[0]}, position {direction[1]}"
-        sql = f"SELECT position FROM images WHERE ({self.where.sql}) AND {more} ORDER BY {sort} LIMIT {n}"
-        found = [int(p) for (p,) in self.cursor.execute(sql, [*self.where.parameters, *parameters]).fetchall()]
-        return found[::-1] if backwards else found
+    def after(self, position: int, n: int) -> _Found:
+        """The images behind one."""
+        _, after, parameters = self._around(position)
+        positions, n_found, n_before = self._ask(n, after, f"NOT {after}", parameters)
+        return _Found(positions, n_found, n_before)
 
-    def around(self, position: int) -> tuple[str, str, tuple[Any, ...]]:
+    def before(self, position: int, n: int) -> _Found:
+        """The images in front of one."""
+        before, _, parameters = self._around(position)
+        positions, n_found, n_before = self._ask(n, before, before, parameters, backwards=True)
+        return _Found(positions, n_found, max(0, n_before - len(positions)))
+
+    def _around(self, position: int) -> tuple[str, str, tuple[Any, ...]]:
         """SQL of what comes before and after the image at `position`, and the parameters of either."""
-        if self.key == "0":
-            return "position < ?", "position > ?", (position,)
         rows = self.cursor.execute(f"SELECT {self.key} FROM images WHERE position = ?", [position]).fetchall()
         value = rows[0][0] if rows else 0
-        before = f"({self.key} > ? OR ({self.key} = ? AND position < ?))"
-        return before, f"({self.key} < ? OR ({self.key} = ? AND position > ?))", (value, value, position)
+        before, after = ((f"(key {a} ? OR (key = ? AND position {b} ?))") for a, b in (("> ", "<"), ("<", ">")))
+        return before, after, (value, value, position)
+
+    def _ask(
+        self, n: int, taken: str, counted: str, parameters: tuple[Any, ...], *, backwards: bool = False
+    ) -> tuple[list[int], int, int]:
+        """`n` positions of those `taken`, how many pass, and how many of these are `counted`: filters run once."""
+        sort = "key ASC, position DESC" if backwards else "key DESC, position ASC"
+        again = parameters if counted != "false" else ()
+        sql = f"""
+            WITH passing AS MATERIALIZED (SELECT position, {self.key} AS key FROM images WHERE {self.where.sql}),
+                 taken AS (SELECT position, key FROM passing WHERE {taken} ORDER BY {sort} LIMIT {n})
+            SELECT (SELECT list(position ORDER BY {sort}) FROM taken), (SELECT count(*) FROM passing),
+                   (SELECT count(*) FROM passing WHERE {counted})
+        """
+        row = self.cursor.execute(sql, [*self.where.parameters, *parameters, *again]).fetchall()[0]
+        found = [int(p) for p in row[0] or ()]
+        return found[::-1] if backwards else found, int(row[1]), int(row[2])
 
 
 def _search(index: Index, vocabulary: Vocabulary, filters: Filters) -> _Search:
     numbers = index.numbers
-    return _Search(index.cursor(), condition(filters, vocabulary, numbers), order(filters, vocabulary, numbers))
+    where = condition(filters, vocabulary, numbers, index.labels)
+    return _Search(index.cursor(), where, order(filters, vocabulary, numbers))
 
 
 def page(index: Index, vocabulary: Vocabulary, filters: Filters) -> Page:
     """One page of the grid."""
     search = _search(index, vocabulary, filters)
-    n_found = search.count()
     if filters.before.isdigit():
-        before, _, parameters = search.around(int(filters.before))
-        positions = search.take(PAGE_SIZE, before, parameters, backwards=True)
-        first = max(0, search.count(before, parameters) - len(positions))
+        found = search.before(int(filters.before), PAGE_SIZE)
     elif filters.after.isdigit():
-        before, after, parameters = search.around(int(filters.after))
-        positions = search.take(PAGE_SIZE, after, parameters)
-        first = n_found - search.count(after, parameters)
+        found = search.after(int(filters.after), PAGE_SIZE)
     else:
-        positions, first = search.take(PAGE_SIZE), 0
-    return Page(_cards(index, vocabulary, filters, positions), n_found, first)
+        found = search.first(PAGE_SIZE)
+    return Page(_cards(index, vocabulary, filters, found.positions), found.n_found, found.n_before)
 
 
 def neighbours(index: Index, vocabulary: Vocabulary, filters: Filters, position: int) -> Neighbours:
     """The images before and after one, among those that pass."""
     search = _search(index, vocabulary, filters)
-    before, after, parameters = search.around(position)
-    previous = search.take(1, before, parameters, backwards=True)
-    following = search.take(1, after, parameters)
-    inside = search.count("position = ?", (position,))
-    place = search.count(before, parameters) + 1 if inside else 0
-    ids = {row["position"]: row["image_id"] for row in described(index, [*previous, *following])}
-    return Neighbours(
-        ids[previous[0]] if previous else None, ids[following[0]] if following else None, place, search.count()
-    )
-
-
-def matching_ids(index: Index, vocabulary: Vocabulary, filters: Filters, limit: int) -> list[str]:
-    """Ids of the first images that pass, in order."""
-    positions = _search(index, vocabulary, filters).take(limit)
-    ids = {row["position"]: row["image_id"] for row in described(index, positions)}
-    return [ids[p] for p in positions]
+    previous, following = search.before(position, 1), search.after(position, 1)
+    # What is neither in front of it nor behind it is the image itself, if it passes.
+    passes = following.n_before > previous.n_before + len(previous.positions)
+    ids = {row["position"]: row["image_id"] for row in described(index, previous.positions + following.positions)}
+    before, after = ([ids[p] for p in found.positions] for found in (previous, following))
+    place = following.n_before if passes else 0
+    return Neighbours(before[0] if before else None, after[0] if after else None, place, previous.n_found)
 
 
 def described(index: Index, positions: list[int]) -> list[dict[str, Any]]:
@@ -170,7 +184,7 @@ class Prevalence(NamedTuple):
 
 def prevalence(index: Index, vocabulary: Vocabulary, filters: Filters, concepts: list[str]) -> list[Prevalence]:
     """One row a class, of the images that pass."""
-    where = condition(filters, vocabulary, index.numbers)
+    where = condition(filters, vocabulary, index.numbers, index.labels)
     shown = [c for c in concepts if c in index.numbers]
     sums = [
         f"sum(({is_state(index.numbers[c], state)})::INT)" for c in shown for state in (State.PRESENT, State.ABSENT)
@@ -178,7 +192,10 @@ def prevalence(index: Index, vocabulary: Vocabulary, filters: Filters, concepts:
     sql = (
         f"SELECT {', '.join(['label', 'count(*)', *sums])} FROM images WHERE {where.sql} GROUP BY label ORDER BY label"
     )
-    rows = index.cursor().execute(sql, where.parameters).fetchall()
+    key = (sql, repr(where.parameters))
+    rows = index.memo.get(key) or index.cursor().execute(sql, where.parameters).fetchall()
+    if len(index.memo) < _MAX_REMEMBERED:
+        index.memo[key] = rows
     return [
         Prevalence(row[0], row[1], {c: (int(row[2 + 2 * n]), int(row[3 + 2 * n])) for n, c in enumerate(shown)})
         for row in rows
@@ -187,6 +204,6 @@ def prevalence(index: Index, vocabulary: Vocabulary, filters: Filters, concepts:
 
 def split_counts(index: Index, vocabulary: Vocabulary, filters: Filters) -> list[tuple[str | None, str | None, int]]:
     """(class, split, images) of the images that pass."""
-    where = condition(filters, vocabulary, index.numbers)
+    where = condition(filters, vocabulary, index.numbers, index.labels)
     sql = f"SELECT label, split, count(*) FROM images WHERE {where.sql} GROUP BY ALL ORDER BY ALL"
     return index.cursor().execute(sql, where.parameters).fetchall()

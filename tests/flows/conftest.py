@@ -73,6 +73,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, medmicn: Callable[..., En
     ended = medmicn(
         *("run", folder / "images", "--run", run.path, "--modality", "synthetic lesion phantoms"),
         *("--set", "train.seeds=[0,1]", "--set", "flow.shard_size=40"),
+        # Each image of the map evidence costs some hundred passes.
+        *("--set", "explain.n_map_evidence_images=4"),
     )
     assert ended.exit_code == 0, ended.messages[-3000:]
     return Finished(folder / "images", folder / "truth.csv", run, ended)

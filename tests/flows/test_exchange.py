@@ -23,7 +23,8 @@ def test_exports_hold_every_image_and_no_name(finished: Finished, medmicn: Medmi
     written = json.dumps(tasks)
     assert not any(Path(path).stem in written for path in finished.run.read_images()["path"])
     first = tmp_path / "ls" / tasks[0]["data"]["image"].partition("?d=")[2]
-    assert Image.open(first).info == {}, "pixels only"
+    with Image.open(first) as written_image:
+        assert written_image.info == {}, "pixels only"
     assert "import-labels" in ended.messages, "the way back is said"
 
 

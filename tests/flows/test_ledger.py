@@ -9,7 +9,7 @@ import pytest
 from data_contracts.manifest import RunManifest
 from data_contracts.store import RunFolder
 from data_contracts.tables import vocabulary_of
-from flows.ledger import append_new, asked_concepts, merge_concepts
+from flows.ledger import append_new, asked_concepts, keep_edits, merge_concepts
 
 
 @pytest.fixture
@@ -76,3 +76,25 @@ def test_concepts_the_aligner_dropped_stay_in_the_question() -> None:
     table["reason"] = pd.array([None, "not_seen_in_any_image", "too_long"], dtype="str")
     assert vocabulary_of(table).ids == ("a",)
     assert vocabulary_of(asked_concepts(table)).ids == ("a", "b")
+
+
+def test_what_people_did_to_concepts_outlives_a_new_proposal() -> None:
+    stored = concepts(
+        ["machine", "added", "dropped", "renamed", "sheet"],
+        origin=["vlm", "user", "vlm", "vlm", "vlm"],
+        status=["kept", "kept", "dropped", "kept", "kept"],
+        reason=[None, None, "by_user", None, None],
+        provenance=[["class 'a' (round 1): \"machine\""], [], [], ["renamed from 'x' by Dr A"], ["edited in my.csv"]],
+    )
+    proposed = concepts(["renamed", "new"], origin="vlm", status="kept")
+    found = keep_edits(stored, proposed).set_index("concept_id")
+    assert set(found.index) == {"new", "added", "dropped", "renamed", "sheet"}
+    assert found.at["dropped", "status"] == "dropped"
+    assert found.at["renamed", "provenance"] == ["renamed from 'x' by Dr A"]
+    assert found["position"].is_unique
+
+
+def test_proposals_alone_are_taken_as_they_are() -> None:
+    proposed = concepts(["new"], origin="vlm", status="kept")
+    assert keep_edits(None, proposed) is proposed
+    assert keep_edits(concepts(["old"], origin="vlm", status="kept"), proposed)["concept_id"].tolist() == ["new"]

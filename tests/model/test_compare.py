@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 import model.compare
+import model.resampling
+import model.tabulate
 from data_contracts.concepts import Vocabulary
 from data_contracts.dataset import AlignedDataset
 from data_contracts.errors import ConfigurationError, InputRefused
@@ -16,8 +18,9 @@ from model.config import TrainConfig
 from model.evaluate import evaluate
 from model.fit import train
 from model.presets import PRESETS, filter_rows, preset_named
+from model.resampling import Metric, values_of
 from model.systems.registry import SYSTEMS, System
-from model.tabulate import Comparison
+from model.tabulate import N_RANKED_RESAMPLES, N_RESAMPLES, Comparison
 
 SHORT = TrainConfig(epochs=3, seeds=(0, 1), image_size_px=64)
 PAIR_NAMES = ["black-box", "med-micn-dcr"]
@@ -51,6 +54,23 @@ def test_numbers_are_those_of_the_same_training_alone(squares, cache_dir: Path, 
         assert row[f"{name}_sd"] == pytest.approx(metrics[name].std())
         assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
     assert row["side_share"] == pytest.approx(metrics["side_share"].mean())
+
+
+def test_ranked_metrics_have_as_many_resamples_as_is_said(
+    squares, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+
+    def counted(metric: Metric, weights: np.ndarray) -> np.ndarray:
+        seen.append((metric.is_ranked, len(weights)))
+        return values_of(metric, weights)
+
+    monkeypatch.setattr(model.tabulate, "values_of", counted)
+    monkeypatch.setattr(model.resampling, "_CELLS_AT_ONCE", 30 * 150)  # blocks of 150 resamples of 30 images
+    compare(squares.dataset(), squares, SHORT, Design(["black-box"]), cache_dir=cache_dir)
+    n_metrics = {True: 1, False: 4}  # AUROC; accuracy, macro-F1, calibration error and Brier score
+    for is_ranked, expected in ((True, N_RANKED_RESAMPLES), (False, N_RESAMPLES)):
+        assert sum(n for kind, n in seen if kind == is_ranked) == expected * n_metrics[is_ranked] * len(SHORT.seeds)
 
 
 def test_differences_are_paired_with_the_reference_and_corrected(comparison: Comparison) -> None:

@@ -145,7 +145,7 @@ def test_embeddings_that_decide_whatever_their_concepts_say_are_named_as_such() 
     assert use.of("lost_without_concepts").interval.low > 0.2
     assert use.of("lost_with_truth_values_hidden").interval == (0, 0, 0)
     page = concept_use_page(use, config, "test")
-    assert "Yes: the decision goes through the concepts. But little of it depends on whether" in page
+    assert "Yes: the decision goes through the concepts. Little of that depends on whether" in page
     assert "does not listen to them" in page
 
 
