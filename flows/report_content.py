@@ -68,6 +68,8 @@ def gather(context: Context) -> ReportContent:
         systems=systems_for_report(run.path / "comparison.csv"),
         rules=_csv(run.explanations_dir / "rules.csv"),
         evidence=_evidence(run),
+        evidence_pictures=_evidence_pictures(run),
+        rules_text=_text_of(run.explanations_dir / "rules.txt"),
         concept_use_text=_text_of(run.explanations_dir / "concept_use.md"),
         saliency=_saliency(run),
         manifest=manifest.model_dump(mode="json"),
@@ -103,6 +105,15 @@ def _evidence(run: RunFolder) -> dict[str, pd.DataFrame]:
     if "reject" in found:
         found["reject"] = found["reject"][found["reject"]["in_use"].astype(bool)]
     return found
+
+
+def _evidence_pictures(run: RunFolder) -> list[tuple[str, bytes]]:
+    shown = {
+        "interventions.png": "Accuracy when a person corrects concepts, rightly and wrongly",
+        "knock_out.png": "Accuracy that is lost when one concept is hidden",
+    }
+    paths = {run.explanations_dir / name: text for name, text in shown.items()}
+    return [(text, path.read_bytes()) for path, text in paths.items() if path.is_file()]
 
 
 def _text_of(path: Path) -> str:

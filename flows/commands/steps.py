@@ -39,7 +39,7 @@ _HELP = {
     "fuse": "Make one label of all witnesses, with a probability or an abstention.",
     "dataset": "Assemble the table the trainer reads.",
     "train": "Train Med-MICN and measure it once on the test split.",
-    "explain": "Rules over a whole split, and saliency maps.",
+    "explain": "Rules, maps, and whether the concepts are used; calibration, subgroups, robustness.",
 }
 
 

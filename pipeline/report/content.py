@@ -95,6 +95,8 @@ class ReportContent:
     `evidence.EVIDENCE`; `interventions` and `knock_out` are drawn too."""
     concept_use_text: str = ""
     """One page in plain words (a little Markdown) about how much of the decision goes through the concepts."""
+    evidence_pictures: Sequence[tuple[str, bytes]] = ()
+    """Plots as (what it shows, PNG)."""
     saliency: Sequence[Tile] = ()
     """Held-out pictures with the class map."""
 

@@ -62,7 +62,7 @@ def render(content: ReportContent) -> str:
             trust=evidence.tables(content.trust, evidence.TRUST, names),
             label_reliability=_label_reliability(content),
             evidence=evidence.tables(content.evidence, evidence.EVIDENCE, names),
-            evidence_plots=[],
+            evidence_plots=[(text, _data_uri("image/png", png)) for text, png in content.evidence_pictures],
             plain_words=evidence.paragraphs(content.concept_use_text),
             rules=results.rules_view(content.rules) if views.present(content.rules) else [],
             saliency=pictures.row(content.saliency, limit=24),
