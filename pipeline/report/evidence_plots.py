@@ -11,32 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-INK, MUTED, LINE = "#1b1f24", "#59636e", "#d8dee4"
+from pipeline.report.plots import paper_style
+
+INK, MUTED = "#1b1f24", "#59636e"
 _COLOURS = {"right": "#0b6e99", "wrong": "#b35c00"}
 _TITLES = {
     "random": "In random order",
     "uncertainty": "Least certain first",
     "utility": "Most useful first",
-}
-_STYLE = {
-    "font.size": 9.5,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "text.color": INK,
 }
 _MAX_BARS = 25
 _MAX_NAME = 38
@@ -48,7 +30,7 @@ def intervention_curves_png(curves: pd.DataFrame) -> bytes:
     `curves` has the columns order, corrections, n_corrected, accuracy, low, high.
     """
     orders = [order for order in _TITLES if (curves["order"] == order).any()]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(paper_style()):
         figure = Figure(figsize=(1.2 + 2.9 * len(orders), 3.3), layout="constrained")
         panels = figure.subplots(1, len(orders), squeeze=False, sharey=True)[0]
         for axes, order in zip(panels, orders, strict=True):
@@ -72,7 +54,7 @@ def knock_out_png(table: pd.DataFrame) -> bytes:
     """
     shown = table.reindex(table["drop"].sort_values(ascending=False, kind="stable").index).head(_MAX_BARS)[::-1]
     places = range(len(shown))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(paper_style()):
         figure = Figure(figsize=(7.4, 1.2 + 0.24 * len(shown)), layout="constrained")
         axes = figure.subplots()
         axes.grid(visible=False, axis="y")

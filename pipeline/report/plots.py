@@ -61,10 +61,14 @@ def training_curves(history: pd.DataFrame, chosen_epochs: Mapping[int, int]) -> 
         )
 
 
+def paper_style() -> dict[str, Any]:
+    """The page's style in the colours of a white sheet, for PNG files; matplotlib's rc parameters."""
+    return {key: _ON_PAPER.get(str(value), value) for key, value in _STYLE.items()}
+
+
 def training_curves_png(history: pd.DataFrame, chosen_epochs: Mapping[int, int]) -> bytes:
     """The same curves as a PNG on white, for programs and papers that take no SVG."""
-    paper = {key: _ON_PAPER.get(str(value), value) for key, value in _STYLE.items()}
-    with mpl.rc_context(paper):
+    with mpl.rc_context(paper_style()):
         figure = _curves(history, chosen_epochs, _ON_PAPER[SECOND], _ON_PAPER[ACCENT])
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=160, facecolor="white", metadata={"Software": None})
