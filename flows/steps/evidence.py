@@ -15,7 +15,7 @@ from data_contracts.files import write_bytes, write_text, write_with
 from data_contracts.spreadsheet import read_csv, write_csv
 from data_contracts.tables import Split
 from flows.chain import Context, StepResult
-from flows.steps.images import image_reader
+from flows.steps.prepared import prepared_for
 
 if TYPE_CHECKING:
     from model.explain.class_rules import ClassRule
@@ -113,25 +113,15 @@ def _read(context: Context, classifier: Classifier, dataset: AlignedDataset) -> 
     from model.data import FeatureInputs
     from model.explain.paths import Subject, features_of, seen_of
     from model.outputs import collect
-    from model.prepare import prepare
 
     split, frozen = str(context.settings.explain.split), classifier.config.freeze_backbone
-    with context.console.bar("reading rules", len(dataset)) as advance:
-        prepared = prepare(
-            dataset,
-            image_reader(context),
-            classifier.backbone,
-            frozen=frozen,
-            cache_dir=context.run.cache_dir,
-            device=classifier.device,
-            advance=advance,
-        )
-        readable = prepared.dataset
-        seen: dict[str, Seen] = {}
-        for name in dict.fromkeys((str(Split.TRAIN), str(Split.VAL), split)):
-            rows = readable.rows(name)
-            features = features_of(prepared.inputs, rows, classifier.backbone, frozen=frozen, device=classifier.device)
-            seen[name] = seen_of(readable, rows, features)
+    prepared = prepared_for(context, classifier, dataset, "reading rules")
+    readable = prepared.dataset
+    seen: dict[str, Seen] = {}
+    for name in dict.fromkeys((str(Split.TRAIN), str(Split.VAL), split)):
+        rows = readable.rows(name)
+        features = features_of(prepared.inputs, rows, classifier.backbone, frozen=frozen, device=classifier.device)
+        seen[name] = seen_of(readable, rows, features)
     train, val, held = seen[str(Split.TRAIN)], seen[str(Split.VAL)], seen[split]
     outputs = [
         collect(classifier.network, FeatureInputs(one.features.numpy(), np.arange(len(one))), np.arange(len(one)),

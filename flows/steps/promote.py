@@ -18,7 +18,7 @@ from flows import promotion
 from flows.candidate import unfinished
 from flows.chain import Context, ShardRunner, Step, StepResult
 from flows.devices import resolve_device
-from flows.steps.images import image_reader
+from flows.steps.prepared import prepared_for
 
 if TYPE_CHECKING:
     from model.intervals import Interval
@@ -113,20 +113,10 @@ def _predicted(context: Context, folder: Path, dataset: AlignedDataset) -> dict[
     """The class that the model in `folder` gives each image that can be read."""
     from model.checkpoint import load
     from model.outputs import collect
-    from model.prepare import prepare
 
     classifier = load(folder, device=resolve_device(context.settings.train.device))
     frozen = classifier.config.freeze_backbone
-    with context.console.bar("comparing models", len(dataset)) as advance:
-        prepared = prepare(
-            dataset,
-            image_reader(context),
-            classifier.backbone,
-            frozen=frozen,
-            cache_dir=context.run.cache_dir,
-            device=classifier.device,
-            advance=advance,
-        )
+    prepared = prepared_for(context, classifier, dataset, "comparing models")
     network = classifier.network if frozen else classifier.image_network
     readable = prepared.dataset
     outputs = collect(network, prepared.inputs, np.arange(len(readable), dtype=np.int64), classifier.device)

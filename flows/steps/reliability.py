@@ -18,7 +18,7 @@ from data_contracts.errors import InputRefused
 from data_contracts.spreadsheet import read_csv, write_csv
 from data_contracts.tables import IMAGES, Split
 from flows.chain import Context, StepResult
-from flows.steps.images import image_reader
+from flows.steps.prepared import prepared_for
 
 if TYPE_CHECKING:
     from model.fit import TrainedRun
@@ -66,21 +66,11 @@ def calibrated(context: Context, classifier: Classifier, val: HeldOut) -> tuple[
 def held_out(context: Context, classifier: Classifier, dataset: AlignedDataset) -> dict[str, HeldOut]:
     """Validation images and those of `explain.split`, by split."""
     from model.outputs import collect
-    from model.prepare import prepare
 
     frozen = classifier.config.freeze_backbone
     splits = dict.fromkeys([str(Split.VAL), str(context.settings.explain.split)])
     rows = np.concatenate([dataset.rows(split) for split in splits])
-    with context.console.bar("reading held-out images", len(rows)) as advance:
-        prepared = prepare(
-            dataset.take(rows),
-            image_reader(context),
-            classifier.backbone,
-            frozen=frozen,
-            cache_dir=context.run.cache_dir,
-            device=classifier.device,
-            advance=advance,
-        )
+    prepared = prepared_for(context, classifier, dataset.take(rows), "reading held-out images")
     network = classifier.network if frozen else classifier.image_network
     readable = prepared.dataset
     return {
